@@ -1,0 +1,327 @@
+"""Gradients of a solve: the discrete adjoint, and plain backpropagation to check it.
+
+The discrete adjoint is the exact reverse of the steps that were taken. With the cotangent
+``lam`` of a step's end, the stages ``i = s, ..., 1`` give
+
+    kappa_i = h (b_i lam + sum_{j>i} a_ji l_j),    l_i = (df/dy)^T kappa_i,
+
+the parameters receive ``(df/dtheta)^T kappa_i`` and ``lam + sum_i l_i`` is the cotangent
+of the step's start. An output at ``theta`` inside the step with cotangent ``g`` adds
+``h b_i(theta) g`` to ``kappa_i`` and ``g`` to ``lam``. Only ``(t, h, y)`` of accepted
+steps are kept; stages are computed again.
+
+Step sizes are constants. Moving t0 moves all steps but the end of the last one, moving
+the last time stretches the last step: these gradients, too, are those of the numbers
+computed, not of the exact solution.
+
+References
+----------
+Matsubara, Miyatake & Yaguchi, "Symplectic adjoint method for exact gradient of neural
+ODE with minimal memory", NeurIPS 2021.
+Sanz-Serna, "Symplectic Runge-Kutta schemes for adjoint equations, automatic
+differentiation, optimal control, and more", SIAM Review 58 (2016), 3-33.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sknode.ode.integrate import Grid, Options, StepRecord, Trace, integrate
+from sknode.ode.runge_kutta import combine, powers, stage_time
+from sknode.ode.vector_field import FieldView
+
+__all__ = ["Run", "discrete_adjoint", "replay"]
+
+
+@dataclass
+class Run:
+    """One solve: what is integrated and how, and, afterwards, what happened."""
+
+    field: FieldView
+    grid: Grid
+    options: Options
+    k0: Tensor | None = None
+    trace: Trace | None = None
+
+    def forward(self, y0: Tensor, record: bool) -> Tensor:
+        """Integrate without gradients."""
+        with torch.no_grad():
+            self.trace = integrate(
+                self.field, y0, self.grid, self.options, k0=self.k0, record=record
+            )
+        return self.trace.y
+
+
+def discrete_adjoint(run: Run, y0: Tensor, times: Tensor) -> Tensor:
+    """Integrate, with the discrete adjoint as the gradient.
+
+    Parameters
+    ----------
+    run : Run
+        The solve; its trace is filled.
+    y0 : Tensor of shape (lanes, n)
+        Initial states.
+    times : Tensor of shape (n_times,) or (lanes, n_times)
+        Output times as the user gave them.
+
+    Returns
+    -------
+    Tensor of shape (lanes, n_times, n)
+    """
+    return _DiscreteAdjoint.apply(run, y0, times, *run.field.parameters)
+
+
+class _DiscreteAdjoint(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, run, y0, times, *parameters):
+        y = run.forward(y0, record=True)
+        ctx.run = run
+        # saved although unused, so that torch notices changes made in between
+        ctx.save_for_backward(times, *parameters)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        times, *_ = ctx.saved_tensors
+        sweep = _Sweep(ctx.run, times, grad, ctx.needs_input_grad[2])
+        grad_y0, grad_times = sweep.reverse()
+        parameters = ctx.run.field.parameter_gradients()
+        return None, grad_y0, grad_times, *parameters
+
+
+class _Sweep:
+    """Going back over the steps of a trace."""
+
+    def __init__(self, run: Run, times: Tensor, grad: Tensor, need_times: bool):
+        self.field, self.tableau, self.trace = run.field, run.options.tableau, run.trace
+        self.coefficients = self.tableau.tensors(grad.dtype, grad.device)
+        self.grad = grad  # (lanes, n_times, n)
+        self.times = times
+        # one row per lane, summed at the end where lanes share their times
+        self.grad_times = None
+        if need_times:
+            shape = (self.trace.n_padded, grad.shape[1])
+            self.grad_times = times.new_zeros(shape)
+
+    def reverse(self) -> tuple[Tensor, Tensor | None]:
+        """Return the cotangents of the initial states and of the output times."""
+        self.field.begin_reverse()
+        lam = self._cotangent_at_end()
+        n_lanes = len(lam)
+        if self.trace.n_padded > n_lanes:
+            extra = self.trace.n_padded - n_lanes
+            lam = torch.cat([lam, lam.new_zeros(extra, lam.shape[1])])
+        for record in reversed(self.trace.records):
+            if record.rows is None:
+                lam = self._step(record, lam)
+            else:
+                moved = self._step(record, lam[record.rows])
+                lam = lam.index_copy(0, record.rows, moved)
+        lam = lam[:n_lanes] + self.grad[:, 0]
+        return lam, self._times_gradient(n_lanes)
+
+    def _cotangent_at_end(self) -> Tensor:
+        """Sum the cotangents of the outputs that hold a lane's last state."""
+        n_times = self.grad.shape[1]
+        if n_times == 1:
+            return torch.zeros_like(self.grad[:, 0])
+        if n_times == 2:
+            return self.grad[:, 1]
+        columns = torch.arange(n_times, device=self.grad.device)
+        held = (columns >= self.trace.next_output[:, None]) | ~self.trace.moving[
+            :, None
+        ]
+        held[:, 0] = False
+        return torch.einsum("ltn,lt->ln", self.grad, held.to(self.grad.dtype))
+
+    def _step(self, record: StepRecord, lam: Tensor) -> Tensor:
+        """Return the cotangent of the step's start from that of its end."""
+        y, h, times = record.y, record.h, self.grad_times is not None
+        coefficients, n = self.coefficients, self.tableau.n_stages - 1
+        backward, weighted = coefficients.backward, None
+        if record.outputs is not None:
+            n = self.tableau.n_stages_extended
+            backward = coefficients.backward_extended
+            outputs = self._outputs_cotangent(record)  # (degree + 1, m, n)
+            weighted = coefficients.dense @ outputs[1:].flatten(1)
+            weighted = weighted.view(n, *y.shape)
+
+        k = y.new_empty(n, *y.shape)
+        for i in range(n):
+            stage = combine(y, k, coefficients.a[i]) if i else y
+            time = None
+            if self.field.uses_time:
+                time = stage_time(record.t, record.t1, coefficients.c[i])
+            torch.mul(self.field.linearize(i, time, stage), h, out=k[i])
+
+        stack = y.new_empty(n + 1, *y.shape)  # lam, l_s, ..., l_1
+        stack[0] = lam
+        by_length, by_start, by_end = 0.0, 0.0, 0.0
+        for m, i in enumerate(reversed(range(n)), start=1):
+            cotangent = torch.mv(stack[:m].view(m, -1).t(), backward[i]).view_as(y)
+            if weighted is not None:
+                cotangent += weighted[i]
+            stack[m], time = self.field.pullback(i, cotangent * h, times)
+            if times:
+                by_length = by_length + (cotangent * k[i]).sum(1)
+                if time is not None:
+                    c = coefficients.c[i]
+                    by_start = by_start + (1 - c) * time
+                    by_end = by_end + c * time
+        self.field.flush()
+        if times:
+            self._add_times(record, k, by_length, by_start, by_end)
+        lam = stack.sum(0)
+        return lam if weighted is None else lam.add_(outputs[0])
+
+    def _outputs_cotangent(self, record: StepRecord) -> Tensor:
+        """Gather the cotangents of a step's outputs by the power of theta."""
+        lanes, columns, theta = record.outputs
+        x = powers(theta, self.coefficients.dense.shape[1])
+        g = self.grad[self._rows(record)[lanes], columns]
+        if len(record.y) == 1:
+            return (x.t() @ g)[:, None]
+        total = g.new_zeros(len(record.y), x.shape[1], g.shape[1])
+        total.index_add_(0, lanes, x[:, :, None] * g[:, None, :])
+        return total.transpose(0, 1)
+
+    def _rows(self, record: StepRecord) -> Tensor:
+        if record.rows is not None:
+            return record.rows
+        return torch.arange(len(record.y), device=record.y.device)
+
+    def _add_times(self, record, k, by_length, by_start, by_end) -> None:
+        """Add what a step contributes to the gradients of the times.
+
+        Its start moves with t0. Its end does so too, with the step size kept, unless it
+        is the end of the interval.
+        """
+        dtype, rows, h = self.grad_times.dtype, self._rows(record), record.h[:, 0]
+        still = h == 0
+        by_length = torch.where(still, 0.0, by_length / torch.where(still, 1.0, h))
+        by_start, by_end = by_start - by_length, by_end + by_length
+        if record.outputs is not None:
+            lanes, columns, theta = record.outputs
+            slope = self._dense_slope(k, lanes, theta) / h[lanes, None]
+            moved = (self.grad[rows[lanes], columns] * slope).sum(1)
+            at = (rows[lanes], columns)
+            self.grad_times.index_put_(at, moved.to(dtype), accumulate=True)
+            # theta = (t_out - start) / (end - start)
+            by_start = by_start.index_add(0, lanes, (theta - 1) * moved)
+            by_end = by_end.index_add(0, lanes, -theta * moved)
+        by_start, by_end = by_start.to(dtype), by_end.to(dtype)
+        zero = torch.zeros_like(by_end)
+        first = by_start + torch.where(record.arrived, zero, by_end)
+        self.grad_times[:, 0].index_add_(0, rows, torch.where(still, zero, first))
+        last = torch.where(record.arrived & ~still, by_end, zero)
+        self.grad_times[:, -1].index_add_(0, rows, last)
+
+    def _dense_slope(self, k: Tensor, lanes: Tensor, theta: Tensor) -> Tensor:
+        """Return the derivative of dense outputs by theta."""
+        p = self.coefficients.dense
+        degrees = torch.arange(
+            1, p.shape[1] + 1, dtype=theta.dtype, device=theta.device
+        )
+        x = degrees * powers(theta, p.shape[1] - 1)
+        polynomial = (p.t() @ k.flatten(1)).view(-1, *k.shape[1:]).transpose(0, 1)
+        return torch.einsum("md,mdn->mn", x, polynomial[lanes])
+
+    def _times_gradient(self, n_lanes: int) -> Tensor | None:
+        if self.grad_times is None:
+            return None
+        total = self.grad_times[:n_lanes]
+        if total.shape[1] > 1:
+            # an interval without length still has a slope at its end
+            slopes = torch.einsum("ltn,ln->lt", self.grad, self.trace.k0)
+            slopes[:, 0] = -slopes[:, 1:].sum(1)
+            still = ~self.trace.moving[:, None]
+            total = total + torch.where(still, slopes.to(total.dtype), 0.0)
+        return total if self.times.ndim == 2 else total.sum(0)
+
+
+def replay(run: Run, field: FieldView, y0: Tensor, times: Tensor) -> Tensor:
+    """Integrate, then take the same steps again under torch's autograd.
+
+    The reference for the discrete adjoint: all stages of all steps stay in memory.
+
+    Parameters
+    ----------
+    run : Run
+        The solve; its trace is filled.
+    field : FieldView
+        The vector field, evaluated by differentiable operations.
+    y0, times
+        As for `discrete_adjoint`.
+    """
+    run.forward(y0.detach(), record=True)
+    trace, tableau, n_lanes = run.trace, run.options.tableau, len(y0)
+    y = torch.cat([y0, y0.new_zeros(trace.n_padded - n_lanes, y0.shape[1])])
+    t0, t_end = times[..., 0].expand(n_lanes), times[..., -1].expand(n_lanes)
+    extra = times.new_zeros(trace.n_padded - n_lanes)
+    # zero, but with a gradient
+    shift0 = torch.cat([t0 - t0.detach(), extra])
+    shift1 = torch.cat([t_end - t_end.detach(), extra])
+    outputs = []
+    for record in trace.records:
+        rows = record.rows
+        if rows is None:
+            rows = torch.arange(len(record.y), device=y.device)
+        t = record.t + shift0[rows]
+        t1 = record.t1 + torch.where(record.arrived, shift1[rows], shift0[rows])
+        length = t1 - t
+        moved = record.h != 0
+        change = (length - length.detach()).to(y.dtype)[:, None]
+        h = record.h + torch.where(moved, change, torch.zeros_like(change))
+        start = y[rows]
+        k = _stages(field, tableau, t, t1, h, start, record.outputs is not None)
+        weights = run.options.tableau.tensors(y.dtype, y.device).a[tableau.n_stages - 1]
+        end = start + torch.einsum("s,sln->ln", weights, torch.stack(k[: len(weights)]))
+        y = y.index_copy(0, rows, end)
+        if record.outputs is not None:
+            lanes, columns, theta = record.outputs
+            grid = times.expand(n_lanes, -1) if times.ndim == 1 else times
+            at = grid[rows[lanes], columns]
+            exact = (at - t[lanes]) / length[lanes]
+            theta = theta + (exact - exact.detach()).to(theta.dtype)
+            p = tableau.tensors(y.dtype, y.device).dense
+            x = torch.stack([theta ** (i + 1) for i in range(p.shape[1])], 1)
+            values = start[lanes] + torch.einsum(
+                "ms,smn->mn", x @ p.t(), torch.stack(k)[:, lanes]
+            )
+            outputs.append((rows[lanes], columns, values))
+    return _assemble(trace, y0, y[:n_lanes], times, outputs)
+
+
+def _stages(field, tableau, t, t1, h, y, extended: bool) -> list[Tensor]:
+    """Return the scaled slopes of a step, differentiable."""
+    coefficients = tableau.tensors(y.dtype, y.device)
+    n = tableau.n_stages_extended if extended else tableau.n_stages - 1
+    k: list[Tensor] = []
+    for i in range(n):
+        stage = y
+        if i:
+            stage = y + torch.einsum("s,sln->ln", coefficients.a[i], torch.stack(k))
+        c = coefficients.c[i]
+        k.append(field.evaluate(t + c * (t1 - t), stage) * h)
+    return k
+
+
+def _assemble(trace: Trace, y0, y, times, outputs) -> Tensor:
+    """Place differentiable states at their output times."""
+    n_lanes, n_times = len(y0), times.shape[-1]
+    grid = times.expand(n_lanes, -1) if times.ndim == 1 else times
+    # where nothing moved: the first state, which has a slope in time
+    still = (grid - grid[:, :1]).to(y0.dtype)[:, :, None] * trace.k0[:, None, :]
+    result = y0[:, None, :] + torch.where(trace.moving[:, None, None], 0.0, still)
+    columns = torch.arange(n_times, device=y0.device)
+    held = (columns >= trace.next_output[:, None]) & trace.moving[:, None]
+    held = held & (columns > 0)
+    result = torch.where(held[:, :, None], y[:, None, :], result)
+    for rows, column, values in outputs:
+        result = result.index_put((rows, column), values)
+    return result

@@ -1,0 +1,303 @@
+"""`solve_ode`: check the problem, integrate it, hand back a `Solution`."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from functools import partial
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from sknode.ode.control import StepController, make_controller
+from sknode.ode.gradients import Run, discrete_adjoint, replay
+from sknode.ode.integrate import Grid, Options, Trace
+from sknode.ode.solution import Solution, SolverWarning
+from sknode.ode.tableaus import get_tableau
+from sknode.ode.vector_field import bind
+
+__all__ = ["solve_ode"]
+
+GRADIENTS = ("discrete", "backprop")
+STEP_CONTROLS = ("per_sample", "shared")
+
+
+def solve_ode(
+    f: Callable[[Tensor, Tensor], Tensor],
+    y0: Tensor,
+    t: Tensor,
+    *,
+    method: str = "dopri5",
+    rtol: float = 1e-6,
+    atol: float = 1e-6,
+    step_control: str = "per_sample",
+    gradient: str = "discrete",
+    max_steps: int = 10_000,
+    first_step: float | None = None,
+    min_step: float = 0.0,
+    step_size: float | None = None,
+    controller: str | StepController = "I",
+) -> Solution:
+    """Solve ``dy/dt = f(t, y)`` for a batch of initial states.
+
+    Every sample has its own step size, its own error norm and its own status: its result
+    does not depend on the other samples, and a sample that fails stops no other.
+
+    Parameters
+    ----------
+    f : callable or torch.nn.Module
+        The vector field. It gets the states ``y`` of shape (batch, \\*state) and the times
+        ``t``, of shape (batch, 1, ...) to broadcast against them, or a scalar under
+        shared control, and returns slopes of the shape of ``y``. It is never called
+        outside the interval. A module with a closed form, such as
+        `sknode.fields.MLPField`, is solved without autograd.
+    y0 : Tensor of shape (batch, \\*state)
+        Initial states, float32 or float64.
+    t : Tensor of shape (n_times,) or (batch, n_times)
+        Output times, ascending or descending; the first is that of ``y0``. One grid for
+        all samples, or a row for every sample (rows may end at different times: repeat
+        the last time).
+    method : {"dopri5", "tsit5", "bosh3", "dopri8", "heun", "rk4", "midpoint", "euler"}, \
+            default="dopri5"
+        The Runge-Kutta method. The last three have no error estimate and need a
+        ``step_size``.
+    rtol, atol : float, default=1e-6
+        Relative and absolute tolerance of a step's error: ``atol + rtol * |y|``, in root
+        mean square over the sample's state.
+    step_control : {"per_sample", "shared"}, default="per_sample"
+        "shared" treats the whole batch as one system, with one step size; for fields
+        that couple the samples.
+    gradient : {"discrete", "backprop"}, default="discrete"
+        "discrete": the exact reverse of the steps taken, keeping the state of each step.
+        "backprop": torch's autograd through the same steps, keeping everything;
+        can be differentiated twice.
+    max_steps : int, default=10000
+        Attempted steps after which a sample gives up.
+    first_step : float, optional
+        Length of the first step. By default it is chosen from the first two slopes.
+    min_step : float, default=0
+        A step that would have to be shorter than this fails.
+    step_size : float, optional
+        Take constant steps of this length, without error control.
+    controller : {"I", "PID"} or StepController, default="I"
+        Step-size controller.
+
+    Returns
+    -------
+    Solution
+        ``y`` has shape (batch, n_times, \\*state).
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is not usable; the message names it.
+
+    Warns
+    -----
+    SolverWarning
+        If samples did not reach the end; ``status`` says which, and why.
+
+    See Also
+    --------
+    sknode.fields.MLPField : Vector field with closed-form derivatives.
+
+    Notes
+    -----
+    Outputs inside a step come from the method's dense output and change no step. A
+    non-finite trial state shortens the step. Gradients flow to ``y0``, to ``t`` and to
+    every tensor that ``f`` depends on.
+
+    References
+    ----------
+    Chen, Rubanova, Bettencourt & Duvenaud, "Neural Ordinary Differential Equations",
+    NeurIPS 2018.
+    Hairer, Norsett & Wanner, "Solving Ordinary Differential Equations I", 2nd edition,
+    Springer 1993.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from sknode.ode import solve_ode
+    >>> y0 = torch.tensor([[1.0], [2.0]], dtype=torch.float64)
+    >>> solution = solve_ode(lambda t, y: -y, y0, torch.tensor([0.0, 0.5, 1.0]))
+    >>> solution.y[:, -1, 0]
+    tensor([0.3679, 0.7358], dtype=torch.float64)
+    >>> solution.stats["n_accepted"].shape
+    torch.Size([2])
+    """
+    solution = solve(
+        f,
+        y0,
+        t,
+        method=method,
+        rtol=rtol,
+        atol=atol,
+        step_control=step_control,
+        gradient=gradient,
+        max_steps=max_steps,
+        first_step=first_step,
+        min_step=min_step,
+        step_size=step_size,
+        controller=controller,
+    )
+    if not solution.success:
+        warnings.warn(solution.failure_report(), SolverWarning, stacklevel=2)
+    return solution
+
+
+def solve(f, y0, t, *, step_control="per_sample", gradient="discrete", **settings):
+    """Solve as `solve_ode` does, but leave it to the caller to look at the status."""
+    if not callable(f):
+        raise TypeError(f"f must be callable. Got {type(f).__name__} instead.")
+    _check_choice("step_control", step_control, STEP_CONTROLS)
+    _check_choice("gradient", gradient, GRADIENTS)
+    _check_state(y0)
+    options = _make_options(y0.dtype, **settings)
+    shared = step_control == "shared"
+    batch, state = len(y0), y0.shape[1:]
+    times = _check_times(t, y0, shared)
+    flat = y0.reshape(1 if shared else batch, -1)
+
+    field = bind(f, batch, state, shared)
+    run = Run(field, Grid.from_times(times.detach()), options)
+    needs_grad = torch.is_grad_enabled() and batch > 0
+    if needs_grad and hasattr(field.field, "discover"):
+        start = times.detach()[..., 0].expand(len(flat))
+        run.k0 = field.discover(start, flat.detach())
+    needs_grad = needs_grad and any(
+        x.requires_grad for x in (flat, times, *field.parameters)
+    )
+    if not needs_grad:
+        y = run.forward(flat.detach(), record=False)
+    elif gradient == "discrete":
+        y = discrete_adjoint(run, flat, times)
+    else:
+        plain = bind(f, batch, state, shared, closed_form=False)
+        y = replay(run, plain, flat, times)
+    n_times = times.shape[-1]
+    if shared:
+        y = y.view(n_times, *y0.shape).transpose(0, 1)
+    else:
+        y = y.view(batch, n_times, *state)
+    again = partial(solve, f, y0, step_control=step_control, gradient=gradient)
+    trace, run.trace = run.trace, run.trace if needs_grad else None
+    return Solution(
+        t=times,
+        y=y,
+        status=trace.status.expand(batch),
+        stats={k: v.expand(batch) for k, v in _statistics(trace, options).items()},
+        t_reached=trace.t_reached.expand(batch),
+        _resolve=partial(again, **settings),
+    )
+
+
+def _statistics(trace: Trace, options: Options) -> dict[str, Tensor]:
+    """Count steps and evaluations, exactly: those that the sample itself needed."""
+    tableau = options.tableau
+    chosen = options.step_size is None and options.first_step is None
+    evaluations = (
+        trace.moving * (1 + chosen)
+        + trace.n_steps * (tableau.n_stages - 1)
+        + trace.n_dense * (tableau.n_stages_extended - tableau.n_stages)
+    )
+    return {
+        "n_steps": trace.n_steps,
+        "n_accepted": trace.n_steps - trace.n_rejected,
+        "n_rejected": trace.n_rejected,
+        "n_f_evals": evaluations,
+    }
+
+
+def _check_choice(name, value, choices):
+    if value not in choices:
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(repr, choices))}. "
+            f"Got {value!r} instead."
+        )
+
+
+def _check_state(y0) -> None:
+    if not isinstance(y0, Tensor):
+        raise TypeError(f"y0 must be a torch tensor. Got {type(y0).__name__} instead.")
+    if y0.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"y0 must be float32 or float64. Got {y0.dtype} instead.")
+    if y0.ndim == 0:
+        raise ValueError("y0 must have a batch dimension: shape (batch, ...).")
+    if y0.shape[1:].numel() == 0:
+        raise ValueError(f"y0 has an empty state: shape {tuple(y0.shape)}.")
+
+
+def _check_times(t, y0: Tensor, shared: bool) -> Tensor:
+    """Return the output times in the precision that time is carried in."""
+    if not isinstance(t, Tensor):
+        t = torch.as_tensor(t, dtype=torch.float64)
+    if t.is_complex():
+        raise TypeError("t must be real.")
+    batch = len(y0)
+    fits = t.ndim == 1 or (t.ndim == 2 and len(t) == batch and not shared)
+    if not fits or t.shape[-1] == 0:
+        expected = "(n_times,)" if shared else f"(n_times,) or ({batch}, n_times)"
+        raise ValueError(f"t must have shape {expected}. Got {tuple(t.shape)} instead.")
+    # under shared control time costs nothing and gets the precision of a double
+    double = shared and y0.device.type != "mps"
+    return t.to(dtype=torch.float64 if double else y0.dtype, device=y0.device)
+
+
+def _make_options(
+    dtype: torch.dtype,
+    *,
+    method="dopri5",
+    rtol=1e-6,
+    atol=1e-6,
+    max_steps=10_000,
+    first_step=None,
+    min_step=0.0,
+    step_size=None,
+    controller="I",
+) -> Options:
+    """Check the numerical settings."""
+    tableau = get_tableau(method)
+    for name, value in (("rtol", rtol), ("atol", atol), ("min_step", min_step)):
+        if not isinstance(value, Real) or not (0 <= value < math.inf):
+            raise ValueError(
+                f"{name} must be a finite non-negative number. Got {value!r} instead."
+            )
+    for name, value in (("first_step", first_step), ("step_size", step_size)):
+        if value is None:
+            continue
+        if not isinstance(value, Real) or not (0 < value < math.inf):
+            raise ValueError(
+                f"{name} must be a finite positive number or None. "
+                f"Got {value!r} instead."
+            )
+    if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
+        raise ValueError(f"max_steps must be a positive integer. Got {max_steps!r}.")
+    if step_size is None and not tableau.adaptive:
+        raise ValueError(
+            f"method {method!r} has no error estimate and needs step_size, the length "
+            "of its steps."
+        )
+    if rtol == 0 and atol == 0:
+        raise ValueError("rtol and atol must not both be zero.")
+    # rounding in a step is a few units in the last place: below this there is
+    # nothing to control
+    least = 10 * torch.finfo(dtype).eps
+    if rtol < least and atol == 0 or 0 < rtol < least:
+        warnings.warn(
+            f"rtol={rtol:g} is below what {dtype} can carry; using {least:.2g}.",
+            SolverWarning,
+            stacklevel=4,
+        )
+        rtol = least
+    return Options(
+        tableau=tableau,
+        rtol=float(rtol),
+        atol=float(atol),
+        max_steps=max_steps,
+        controller=make_controller(controller),
+        first_step=first_step,
+        min_step=float(min_step),
+        step_size=step_size,
+    )

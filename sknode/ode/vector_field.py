@@ -1,0 +1,217 @@
+"""The right-hand side as the solver sees it.
+
+The solver works on a state of shape (lanes, n) and asks a vector field for three things:
+slopes; slopes that remember how to be reversed; and the reverse, a vector-Jacobian
+product. `BoundField` is that interface. A module that knows closed forms implements it
+itself and hands it out through a method ``closed_form()``; everything else is served by
+`AutogradField`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["AutogradField", "BoundField", "FieldView", "bind"]
+
+
+class BoundField(Protocol):
+    """A vector field with its parameters, for the duration of one solve.
+
+    Times ``t`` have shape (rows, 1, ...) or (), to broadcast against ``y``.
+    """
+
+    row_wise: bool
+    """Whether a row's slope depends on this row alone, so that rows may leave."""
+    uses_time: bool
+    """Whether t matters."""
+    parameters: Sequence[Tensor]
+    """The tensors that gradients flow to."""
+
+    def evaluate(self, t: Tensor | None, y: Tensor) -> Tensor:
+        """Return the slopes, in a tensor that is never written again."""
+
+    def linearize(self, stage: int, t: Tensor | None, y: Tensor) -> Tensor:
+        """Return the slopes and remember what the reverse of this stage needs."""
+
+    def pullback(
+        self, stage: int, cotangent: Tensor, time: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the cotangents of y and, on request, of t (shape (rows,) or ()).
+
+        Parameter cotangents are accumulated inside.
+        """
+
+    def begin_reverse(self) -> None:
+        """Start a reverse sweep: forget accumulated gradients."""
+
+    def flush(self) -> None:
+        """Finish a reverse step: all stages have been pulled back."""
+
+    def parameter_gradients(self) -> list[Tensor | None]:
+        """Return the accumulated gradients, in the order of ``parameters``."""
+
+
+class AutogradField:
+    """Any callable ``f(t, y)``, reversed by torch's autograd.
+
+    Parameters
+    ----------
+    f : callable
+        Module or function.
+    """
+
+    row_wise = False  # it may hold tensors with an entry per sample
+    uses_time = True
+
+    def __init__(self, f: Callable[[Tensor, Tensor], Tensor]):
+        self.f = f
+        self.parameters: tuple[Tensor, ...] = ()
+        self._stages: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._gradients: list[Tensor | None] = []
+
+    def discover(self, t: Tensor, y: Tensor) -> Tensor:
+        """Evaluate once with gradients, to learn which tensors f depends on.
+
+        Beside a module's parameters these are the tensors that a function has captured;
+        missing them would silently lose their gradient.
+        """
+        with torch.enable_grad():
+            value = check_slope(self.f(t.detach(), y.detach()), y)
+        found = {id(p): p for p in _leaves(value)}
+        if isinstance(self.f, torch.nn.Module):
+            found |= {id(p): p for p in self.f.parameters() if p.requires_grad}
+        self.parameters = tuple(found.values())
+        return value.detach()
+
+    def evaluate(self, t, y):
+        return check_slope(self.f(t, y), y)
+
+    def linearize(self, stage, t, y):
+        with torch.enable_grad():
+            t = t.detach().requires_grad_()
+            y = y.detach().requires_grad_()
+            value = check_slope(self.f(t, y), y)
+        self._stages[stage] = (t, y, value)
+        return value.detach()
+
+    def pullback(self, stage, cotangent, time):
+        t, y, value = self._stages.pop(stage)
+        inputs = [y, *([t] if time else []), *self.parameters]
+        if value.requires_grad:
+            # captured tensors may have a history that all stages share: keep it
+            grads = torch.autograd.grad(
+                value, inputs, cotangent, retain_graph=True, allow_unused=True
+            )
+        else:
+            grads = [None] * len(inputs)
+        grad_y = torch.zeros_like(y) if grads[0] is None else grads[0]
+        grad_t = None
+        if time:
+            grad_t = torch.zeros_like(t) if grads[1] is None else grads[1]
+            grad_t = grad_t.flatten() if grad_t.ndim else grad_t
+        for i, grad in enumerate(grads[1 + time :]):
+            if grad is not None:
+                total = self._gradients[i]
+                self._gradients[i] = grad if total is None else total + grad
+        return grad_y, grad_t
+
+    def begin_reverse(self):
+        self._gradients = [None] * len(self.parameters)
+
+    def flush(self):
+        self._stages.clear()
+
+    def parameter_gradients(self):
+        return list(self._gradients)
+
+
+def _leaves(value: Tensor) -> list[Tensor]:
+    """Return the leaf tensors that a value was computed from."""
+    if value.grad_fn is None:
+        return [value] if value.requires_grad else []
+    leaves, seen, stack = [], set(), [value.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.append(node.variable)
+        stack.extend(parent for parent, _ in node.next_functions)
+    return leaves
+
+
+def check_slope(value, y: Tensor) -> Tensor:
+    """Raise if f returned something else than a slope of y."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"f must return a tensor. Got {type(value).__name__} instead.")
+    if value.shape != y.shape:
+        raise ValueError(
+            "f must return the slope in the shape of y, "
+            f"{tuple(y.shape)}. Got {tuple(value.shape)} instead."
+        )
+    if value.dtype != y.dtype:
+        raise TypeError(
+            f"f must return the dtype of y, {y.dtype}. Got {value.dtype} instead."
+        )
+    return value
+
+
+class FieldView:
+    """A bound field behind the solver's layout of (lanes, n) states.
+
+    Under shared control there is one lane, the whole batch, and time is a scalar.
+    """
+
+    def __init__(self, field: BoundField, batch: int, state: torch.Size, shared: bool):
+        self.field = field
+        self.row_wise = field.row_wise and not shared
+        self.uses_time = field.uses_time
+        self.parameters = field.parameters
+        self.begin_reverse = field.begin_reverse
+        self.flush = field.flush
+        self.parameter_gradients = field.parameter_gradients
+        self._shape = (batch if shared else -1, *state)
+        self._time_shape = () if shared else (-1, *(1 for _ in state))
+
+    def _inputs(self, t, y):
+        if t is not None:
+            t = t.to(y.dtype).reshape(self._time_shape)
+        return t, y.view(self._shape)
+
+    def evaluate(self, t: Tensor | None, y: Tensor) -> Tensor:
+        """Return the slopes of (lanes, n) states at (lanes,) times."""
+        return self.field.evaluate(*self._inputs(t, y)).reshape(y.shape)
+
+    def discover(self, t: Tensor, y: Tensor) -> Tensor:
+        """Return the slopes; learn the parameters of a field that has to be probed."""
+        value = self.field.discover(*self._inputs(t, y)).reshape(y.shape)
+        self.parameters = self.field.parameters
+        return value
+
+    def linearize(self, stage: int, t: Tensor | None, y: Tensor) -> Tensor:
+        """Return the slopes and remember the stage."""
+        return self.field.linearize(stage, *self._inputs(t, y)).reshape(y.shape)
+
+    def pullback(self, stage: int, cotangent: Tensor, time: bool):
+        """Return the cotangents of the state and, on request, of the time."""
+        grad_y, grad_t = self.field.pullback(stage, cotangent.view(self._shape), time)
+        if grad_t is not None:
+            grad_t = grad_t.reshape(-1)
+        return grad_y.reshape(cotangent.shape), grad_t
+
+
+def bind(
+    f, batch: int, state: torch.Size, shared: bool, closed_form: bool = True
+) -> FieldView:
+    """Wrap f for a solve: by its closed form if it has one that applies."""
+    field = None
+    if closed_form and hasattr(f, "closed_form"):
+        field = f.closed_form(state)
+    if field is None:
+        field = AutogradField(f)
+    return FieldView(field, batch, state, shared)
