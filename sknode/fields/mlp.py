@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from numbers import Integral
 
@@ -76,7 +77,7 @@ class MLPField(nn.Module):
         self.time_dependent = bool(time_dependent)
         widths = (dim + self.time_dependent, *sizes, dim)
         self.layers = nn.ModuleList(
-            nn.Linear(n, m) for n, m in zip(widths[:-1], widths[1:], strict=True)
+            nn.Linear(n, m) for n, m in itertools.pairwise(widths)
         )
 
     @classmethod
@@ -100,7 +101,7 @@ class MLPField(nn.Module):
         linears = list(linears)
         if len(linears) < 2 or not all(isinstance(x, nn.Linear) for x in linears):
             raise ValueError("linears must be at least two torch.nn.Linear layers.")
-        for one, two in zip(linears[:-1], linears[1:], strict=True):
+        for one, two in itertools.pairwise(linears):
             if one.out_features != two.in_features:
                 raise ValueError(
                     f"linears do not fit together: {one.out_features} outputs meet "
@@ -176,6 +177,7 @@ class MLPClosedForm:
     """
 
     row_wise = True
+    probed = False
 
     def __init__(self, field: MLPField):
         self.activation: Activation = get_activation(field.activation)
@@ -187,8 +189,8 @@ class MLPClosedForm:
         self._has_bias = [layer.bias is not None for layer in field.layers]
         with torch.no_grad():
             self._fold(field)
-        self._scratch = [_Buffer() for _ in self.weights]
-        self._n_stages = 0
+        self._scratch: dict[int, list[Tensor]] = {}
+        self._kept: dict[int, _Stages] = {}
 
     def _fold(self, field: MLPField) -> None:
         act, last = self.activation, len(field.layers) - 1
@@ -225,14 +227,17 @@ class MLPClosedForm:
     def evaluate(self, t, y):
         """Return the slopes."""
         self._check(y)
-        s, act = None, self.activation
-        for i, bias in enumerate(self.biases[:-1]):
-            out = self._scratch[i].get(len(y), len(bias), y)
+        memory = self._scratch.get(len(y))
+        if memory is None:
+            widths = [len(bias) for bias in self.biases[:-1]]
+            memory = self._scratch[len(y)] = [y.new_empty(len(y), w) for w in widths]
+        s, kernel = y, self.activation.kernel
+        for i, z in enumerate(memory):
             if i == 0:
-                z = self._first(t, y, out)
+                self._first(t, y, z)
             else:
-                z = torch.addmm(bias, s, self.transposed[i], out=out)
-            s = act.kernel(z, z)
+                torch.addmm(self.biases[i], s, self.transposed[i], out=z)
+            s = kernel(z, z)
         return torch.addmm(self.biases[-1], s, self.transposed[-1])
 
     def begin_reverse(self):
@@ -240,64 +245,64 @@ class MLPClosedForm:
         self._gradients = [torch.zeros_like(w) for w in self.weights]
         self._bias_gradients = [torch.zeros_like(b) for b in self.biases]
         self._time_gradient = torch.zeros_like(self.biases[0])
-        n = len(self.weights)
-        # per layer and stage: its input, what the activation's derivative needs, and
-        # the cotangent of its output before the activation
-        self._inputs = [_Buffer() for _ in range(n)]
-        self._arguments = [_Buffer() for _ in range(n - 1)]
-        self._cotangents = [_Buffer() for _ in range(n)]
         self._times: list[Tensor] = []
+
+    def _memory(self, stage: int, y: Tensor) -> _Stages:
+        """Return the memory for what stages keep, enough for this one."""
+        memory = self._kept.get(len(y))
+        if memory is None or len(memory.values) <= stage:
+            # a plain step has 6 or 7 stages in all methods but one
+            n = 7 if stage < 7 else 16
+            widths = [len(bias) for bias in self.biases[:-1]]
+            memory = _Stages(n, y, widths, self.activation.keeps_input, memory)
+            self._kept[len(y)] = memory
+        return memory
 
     def linearize(self, stage, t, y):
         """Return the slopes; keep the activations of this stage."""
         self._check(y)
-        rows, act = len(y), self.activation
-        if stage == 0:
-            self._times = []
-        self._n_stages = stage + 1
-        self._inputs[0].stage(stage, rows, y.shape[1], y).copy_(y)
+        memory = self._memory(stage, y)
         if t is not None:
-            self._times.append(t.expand(rows, 1) if t.ndim else t.reshape(1, 1))
-        s = y
-        for i, bias in enumerate(self.biases[:-1]):
-            out = self._inputs[i + 1].stage(stage, rows, len(bias), y)
-            z = out
-            if act.keeps_input:
-                z = self._arguments[i].stage(stage, rows, len(bias), y)
+            if stage == 0:
+                self._times = []
+            self._times.append(t)
+        s, kernel = y, self.activation.kernel
+        values, arguments = memory.values[stage], memory.arguments[stage]
+        for i, (z, value) in enumerate(zip(arguments, values, strict=True)):
             if i == 0:
-                z = self._first(t, y, z)
+                self._first(t, y, z)
             else:
-                z = torch.addmm(bias, s, self.transposed[i], out=z)
-            s = act.kernel(z, out)
+                torch.addmm(self.biases[i], s, self.transposed[i], out=z)
+            s = kernel(z, value)
         return torch.addmm(self.biases[-1], s, self.transposed[-1])
 
-    def pullback(self, stage, cotangent, time):
-        """Return the cotangents of y and, on request, of t."""
-        rows, act, last = len(cotangent), self.activation, len(self.weights) - 1
-        delta = self._cotangents[last].stage(stage, rows, cotangent.shape[1], cotangent)
-        delta.copy_(cotangent)
-        for i in range(last, 0, -1):
-            width = self.weights[i].shape[1]
-            out = self._cotangents[i - 1].stage(stage, rows, width, cotangent)
-            grad = torch.mm(delta, self.weights[i], out=out)
-            kept = self._arguments[i - 1] if act.keeps_input else self._inputs[i]
-            delta = act.reverse(grad, kept.stage(stage, rows, width, cotangent))
-        grad_t = None
-        if time and self.uses_time:
-            grad_t = torch.mv(delta, self.time_weight)
-            grad_t = grad_t if self._times[stage].numel() == rows else grad_t.sum()
-        return torch.mm(delta, self.weights[0]), grad_t
+    def pullback(self, stage, cotangent, time, out):
+        """Write the cotangent of y; return that of t on request."""
+        memory, reverse = self._kept[len(cotangent)], self.activation.reverse
+        kept = memory.arguments if self.activation.keeps_input else memory.values
+        delta = cotangent
+        for i in range(len(self.weights) - 1, 0, -1):
+            target = memory.cotangents[stage][i - 1]
+            torch.mm(delta, self.weights[i], out=target)
+            delta = reverse(target, kept[stage][i - 1])
+        torch.mm(delta, self.weights[0], out=out)
+        if not (time and self.uses_time):
+            return None
+        grad_t = torch.mv(delta, self.time_weight)
+        return grad_t if self._times[stage].ndim else grad_t.sum()
 
-    def flush(self):
+    def flush(self, states, cotangents):
         """Add up the parameter gradients of all stages, one product a layer."""
-        n = self._n_stages
-        for i, total in enumerate(self._gradients):
-            delta, s = self._cotangents[i].stages(n), self._inputs[i].stages(n)
-            total.addmm_(delta.t(), s)
+        n, rows = states.shape[:2]
+        memory = self._kept[rows]
+        inputs = [states.flatten(0, 1), *(v[:n].flatten(0, 1) for v in memory.all_values)]
+        deltas = [v[:n].flatten(0, 1) for v in memory.all_cotangents]
+        deltas.append(cotangents.flatten(0, 1))
+        for i, (delta, s) in enumerate(zip(deltas, inputs, strict=True)):
+            self._gradients[i].addmm_(delta.t(), s)
             self._bias_gradients[i] += delta.sum(0)
         if self.uses_time:
-            delta = self._cotangents[0].stages(n).view(n, -1, len(self.biases[0]))
-            for one, t in zip(delta, self._times, strict=True):
+            for one, t in zip(memory.all_cotangents[0], self._times, strict=False):
                 self._time_gradient += (one * t).sum(0)
 
     def parameter_gradients(self):
@@ -317,32 +322,30 @@ class MLPClosedForm:
         return result
 
 
-class _Buffer:
-    """Memory that grows to what is asked of it and is used again."""
+class _Stages:
+    """What the stages of a step keep for their reverse, for one number of rows.
 
-    N_STAGES = 16  # the longest step, dopri8 with its dense output
+    ``values[stage][layer]`` are the kernel values of a hidden layer, ``arguments`` those
+    before the kernel (the same memory unless the derivative needs them), ``cotangents``
+    the cotangents before the kernel.
+    """
 
-    def __init__(self):
-        self._flat: Tensor | None = None
-        self._shape = (0, 0)
+    def __init__(self, n: int, like: Tensor, widths, keeps_input: bool, smaller=None):
+        def make():
+            return [like.new_empty(n, len(like), width) for width in widths]
 
-    def get(self, rows: int, width: int, like: Tensor, stages: int = 1) -> Tensor:
-        """Return memory of shape (stages * rows, width)."""
-        size = stages * rows * width
-        if self._flat is None or self._flat.numel() < size:
-            self._flat = torch.empty(size, dtype=like.dtype, device=like.device)
-        self._shape = (rows, width)
-        return self._flat[:size].view(stages * rows, width)
+        def by_stage(memory):
+            return list(zip(*(m.unbind(0) for m in memory), strict=True))
 
-    def stage(self, stage: int, rows: int, width: int, like: Tensor) -> Tensor:
-        """Return the memory of one stage, of shape (rows, width)."""
-        if self._flat is None or self._flat.numel() < self.N_STAGES * rows * width:
-            self.get(rows, width, like, self.N_STAGES)
-        self._shape = (rows, width)
-        start = stage * rows * width
-        return self._flat[start : start + rows * width].view(rows, width)
-
-    def stages(self, n: int) -> Tensor:
-        """Return the first n stages as one (n * rows, width) matrix."""
-        rows, width = self._shape
-        return self._flat[: n * rows * width].view(n * rows, width)
+        self.all_values, self.all_cotangents = make(), make()
+        self.all_arguments = make() if keeps_input else self.all_values
+        if smaller is not None:
+            old = len(smaller.values)
+            names = ("all_values", "all_cotangents", "all_arguments")
+            for name in names:
+                pairs = zip(getattr(self, name), getattr(smaller, name), strict=True)
+                for new, past in pairs:
+                    new[:old] = past
+        self.values = by_stage(self.all_values)
+        self.cotangents = by_stage(self.all_cotangents)
+        self.arguments = by_stage(self.all_arguments)

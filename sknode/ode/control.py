@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,28 +62,29 @@ class StepController:
         """How many earlier errors the controller looks at."""
         return 2 if self.dcoeff else 1 if self.pcoeff else 0
 
-    def factor(self, ratio: Tensor, history: Tensor | None, order: int) -> Tensor:
+    def factor(
+        self, ratio: np.ndarray, history: np.ndarray, order: int
+    ) -> np.ndarray:
         """Return the factor for the next step.
 
         Parameters
         ----------
-        ratio : Tensor of shape (lanes,)
+        ratio : ndarray of shape (lanes,)
             Scaled error of the attempted step, infinite if it is not a number.
-        history : Tensor of shape (n_history, lanes) or None
+        history : ndarray of shape (lanes, n_history)
             Scaled errors of the accepted steps before, the latest first.
         order : int
             Order of the error estimate plus one.
         """
         p, i, d = self.pcoeff, self.icoeff, self.dcoeff
-        factor = torch.pow(ratio, -(p + i + d) / order).mul_(self.safety)
-        for past, beta in zip(
-            () if history is None else history, (-(p + 2 * d), d), strict=False
-        ):
-            factor.mul_(torch.pow(past, -beta / order))
+        with np.errstate(divide="ignore"):  # an error of zero: the largest factor
+            factor = self.safety * ratio ** (-(p + i + d) / order)
+        for past, beta in zip(history.T, (-(p + 2 * d), d), strict=False):
+            factor *= past ** (-beta / order)
         if self.n_history:
             # with a memory, a rejected step could be proposed to grow
-            factor = torch.where(ratio > 1, factor.clamp(max=self.safety), factor)
-        return factor.clamp_(self.factor_min, self.factor_max)
+            factor = np.where(ratio > 1, np.minimum(factor, self.safety), factor)
+        return np.clip(factor, self.factor_min, self.factor_max)
 
 
 def make_controller(controller) -> StepController:
@@ -110,31 +112,28 @@ def error_ratio(
     """Return the error of a step in units of its tolerance, for every lane.
 
     The tolerance of a component is ``atol + rtol * max(|y|, |y1|)``, the norm is the
-    root mean square over the lane's own components. What is not a number is infinite.
+    root mean square over the lane's own components.
     """
     scale = torch.maximum(y.abs(), y1.abs()).mul_(rtol).add_(atol)
     norms = [rms_norm(error.div_(scale)) for error in errors]
     if len(norms) == 1:
-        ratio = norms[0]
-    else:
-        # DOP853: the third-order estimate keeps the fifth-order one from being
-        # fooled; 1e-300 only guards 0 / 0.
-        fine, coarse = norms
-        tiny = torch.finfo(fine.dtype).tiny
-        ratio = fine**2 / (fine**2 + 0.01 * coarse**2).add_(tiny).sqrt_()
-    return ratio.nan_to_num_(nan=torch.inf, posinf=torch.inf)
+        return norms[0]
+    # DOP853: the third-order estimate keeps the fifth-order one from being fooled
+    fine, coarse = norms
+    tiny = torch.finfo(fine.dtype).tiny  # only for 0 / 0
+    return fine**2 / (fine**2 + 0.01 * coarse**2).add_(tiny).sqrt_()
 
 
 def initial_step(
-    evaluate, t: Tensor, t_end: Tensor, y: Tensor, k: Tensor, order: int, rtol, atol
-) -> Tensor:
+    probe, t: np.ndarray, t_end: np.ndarray, y: Tensor, k: Tensor, order: int, rtol, atol
+) -> np.ndarray:
     """Choose the first step of every lane, inside its interval, by one evaluation.
 
     Parameters
     ----------
-    evaluate : callable
-        ``evaluate(t, step)`` returns the slope after an Euler step of this length.
-    t, t_end : Tensor of shape (lanes,)
+    probe : callable
+        ``probe(t, length)`` returns the slope after an Euler step of this length.
+    t, t_end : ndarray of shape (lanes,)
         The interval, in ascending time.
     y, k : Tensor of shape (lanes, n)
         State and slope at t.
@@ -143,7 +142,7 @@ def initial_step(
 
     Returns
     -------
-    Tensor of shape (lanes,)
+    ndarray of shape (lanes,)
 
     References
     ----------
@@ -151,20 +150,20 @@ def initial_step(
     """
     interval = t_end - t
     scale = y.abs().mul_(rtol).add_(atol)
-    d0 = rms_norm(y / scale).to(t.dtype)
-    d1 = rms_norm(k / scale).to(t.dtype)
-    tiny = (d0 < 1e-5) | (d1 < 1e-5)
-    h0 = torch.where(tiny, torch.full_like(d0, 1e-6), 0.01 * d0 / d1)
-    # an infinite or undefined norm must not make the step so
-    h0 = torch.minimum(h0.nan_to_num_(nan=1e-6, posinf=1e-6), interval)
-    d2 = rms_norm((evaluate(torch.minimum(t + h0, t_end), h0) - k) / scale).to(t.dtype)
-    d2 = d2 / h0
-    steepest = torch.maximum(d1, d2)
-    h1 = torch.where(
-        steepest <= 1e-15,
-        (h0 * 1e-3).clamp_(min=1e-6),
-        (0.01 / steepest) ** (1 / order),
-    )
-    h = torch.minimum(100 * h0, h1)
-    h = torch.where(torch.isfinite(h), h, h0)
-    return torch.minimum(h, interval)
+    norms = torch.stack([rms_norm(y / scale), rms_norm(k / scale)])
+    d0, d1 = norms.cpu().numpy().astype(np.float64)
+    with np.errstate(all="ignore"):
+        h0 = np.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
+        # an infinite or undefined norm must not make the step so
+        h0 = np.minimum(np.where(np.isfinite(h0), h0, 1e-6), interval)
+        change = probe(np.minimum(t + h0, t_end), h0) - k
+        d2 = rms_norm(change / scale).cpu().numpy().astype(np.float64) / h0
+        steepest = np.maximum(d1, d2)
+        h1 = np.where(
+            steepest <= 1e-15,
+            np.maximum(1e-6, h0 * 1e-3),
+            (0.01 / steepest) ** (1 / order),
+        )
+        h = np.minimum(100 * h0, h1)
+    h = np.where(np.isfinite(h), h, h0)
+    return np.minimum(h, interval)

@@ -26,13 +26,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sknode.ode.integrate import Grid, Options, StepRecord, Trace, integrate
-from sknode.ode.runge_kutta import combine, powers, stage_time
-from sknode.ode.vector_field import FieldView
+from sknode.ode.runge_kutta import StageBuffer, StageTimes, powers
+from sknode.ode.vector_field import BoundField
 
 __all__ = ["Run", "discrete_adjoint", "replay"]
 
@@ -41,7 +42,7 @@ __all__ = ["Run", "discrete_adjoint", "replay"]
 class Run:
     """One solve: what is integrated and how, and, afterwards, what happened."""
 
-    field: FieldView
+    field: BoundField
     grid: Grid
     options: Options
     k0: Tensor | None = None
@@ -104,6 +105,7 @@ class _Sweep:
         self.times = times
         # one row per lane, summed at the end where lanes share their times
         self.grad_times = None
+        self._buffers: dict[tuple[int, int], tuple[StageBuffer, ...]] = {}
         if need_times:
             shape = (self.trace.n_padded, grad.shape[1])
             self.grad_times = times.new_zeros(shape)
@@ -132,16 +134,25 @@ class _Sweep:
             return torch.zeros_like(self.grad[:, 0])
         if n_times == 2:
             return self.grad[:, 1]
-        columns = torch.arange(n_times, device=self.grad.device)
-        held = (columns >= self.trace.next_output[:, None]) | ~self.trace.moving[
-            :, None
-        ]
+        held = np.arange(n_times) >= self.trace.next_output[:, None]
+        held |= ~self.trace.moving[:, None]
         held[:, 0] = False
-        return torch.einsum("ltn,lt->ln", self.grad, held.to(self.grad.dtype))
+        return torch.einsum("ltn,lt->ln", self.grad, self._tensor(held, self.grad.dtype))
+
+    def _tensor(self, values: np.ndarray, dtype=None) -> Tensor:
+        return torch.from_numpy(values).to(self.grad.device, dtype)
+
+    def _memory(self, n: int, like: Tensor) -> tuple[StageBuffer, ...]:
+        """Return buffers for stages, their states, and both kinds of cotangents."""
+        key = (n, len(like))
+        if key not in self._buffers:
+            sizes = (n, n, n, n + 1)
+            self._buffers[key] = tuple(StageBuffer(size, like) for size in sizes)
+        return self._buffers[key]
 
     def _step(self, record: StepRecord, lam: Tensor) -> Tensor:
         """Return the cotangent of the step's start from that of its end."""
-        y, h, times = record.y, record.h, self.grad_times is not None
+        y, h, field = record.y, record.h, self.field
         coefficients, n = self.coefficients, self.tableau.n_stages - 1
         backward, weighted = coefficients.backward, None
         if record.outputs is not None:
@@ -150,33 +161,36 @@ class _Sweep:
             outputs = self._outputs_cotangent(record)  # (degree + 1, m, n)
             weighted = coefficients.dense @ outputs[1:].flatten(1)
             weighted = weighted.view(n, *y.shape)
+        k, states, kappa, stack = self._memory(n, y)
+        times = StageTimes(field, self.tableau, record.t, record.t1, y)
 
-        k = y.new_empty(n, *y.shape)
+        states.rows[0].copy_(y)
         for i in range(n):
-            stage = combine(y, k, coefficients.a[i]) if i else y
-            time = None
-            if self.field.uses_time:
-                time = stage_time(record.t, record.t1, coefficients.c[i])
-            torch.mul(self.field.linearize(i, time, stage), h, out=k[i])
+            if i:
+                flat = states.rows[i].view(-1)
+                torch.addmv(y.view(-1), k.columns[i], coefficients.a[i], out=flat)
+            slope = field.linearize(i, times[i], states.rows[i])
+            torch.mul(slope, h, out=k.rows[i])
 
-        stack = y.new_empty(n + 1, *y.shape)  # lam, l_s, ..., l_1
-        stack[0] = lam
+        need_times = self.grad_times is not None
         by_length, by_start, by_end = 0.0, 0.0, 0.0
+        stack.rows[0].copy_(lam)  # then l_s, ..., l_1
         for m, i in enumerate(reversed(range(n)), start=1):
-            cotangent = torch.mv(stack[:m].view(m, -1).t(), backward[i]).view_as(y)
+            cotangent = torch.mv(stack.columns[m], backward[i]).view_as(y)
             if weighted is not None:
                 cotangent += weighted[i]
-            stack[m], time = self.field.pullback(i, cotangent * h, times)
-            if times:
-                by_length = by_length + (cotangent * k[i]).sum(1)
+            torch.mul(cotangent, h, out=kappa.rows[i])
+            time = field.pullback(i, kappa.rows[i], need_times, stack.rows[m])
+            if need_times:
+                by_length = by_length + (cotangent * k.rows[i]).sum(1)
                 if time is not None:
                     c = coefficients.c[i]
                     by_start = by_start + (1 - c) * time
                     by_end = by_end + c * time
-        self.field.flush()
-        if times:
-            self._add_times(record, k, by_length, by_start, by_end)
-        lam = stack.sum(0)
+        field.flush(states.values, kappa.values)
+        if need_times:
+            self._add_times(record, k.values, by_length, by_start, by_end)
+        lam = stack.values.sum(0)
         return lam if weighted is None else lam.add_(outputs[0])
 
     def _outputs_cotangent(self, record: StepRecord) -> Tensor:
@@ -215,10 +229,10 @@ class _Sweep:
             by_start = by_start.index_add(0, lanes, (theta - 1) * moved)
             by_end = by_end.index_add(0, lanes, -theta * moved)
         by_start, by_end = by_start.to(dtype), by_end.to(dtype)
-        zero = torch.zeros_like(by_end)
-        first = by_start + torch.where(record.arrived, zero, by_end)
+        zero, arrived = torch.zeros_like(by_end), self._tensor(record.arrived)
+        first = by_start + torch.where(arrived, zero, by_end)
         self.grad_times[:, 0].index_add_(0, rows, torch.where(still, zero, first))
-        last = torch.where(record.arrived & ~still, by_end, zero)
+        last = torch.where(arrived & ~still, by_end, zero)
         self.grad_times[:, -1].index_add_(0, rows, last)
 
     def _dense_slope(self, k: Tensor, lanes: Tensor, theta: Tensor) -> Tensor:
@@ -239,12 +253,12 @@ class _Sweep:
             # an interval without length still has a slope at its end
             slopes = torch.einsum("ltn,ln->lt", self.grad, self.trace.k0)
             slopes[:, 0] = -slopes[:, 1:].sum(1)
-            still = ~self.trace.moving[:, None]
+            still = self._tensor(~self.trace.moving[:, None])
             total = total + torch.where(still, slopes.to(total.dtype), 0.0)
         return total if self.times.ndim == 2 else total.sum(0)
 
 
-def replay(run: Run, field: FieldView, y0: Tensor, times: Tensor) -> Tensor:
+def replay(run: Run, field: BoundField, y0: Tensor, times: Tensor) -> Tensor:
     """Integrate, then take the same steps again under torch's autograd.
 
     The reference for the discrete adjoint: all stages of all steps stay in memory.
@@ -253,45 +267,47 @@ def replay(run: Run, field: FieldView, y0: Tensor, times: Tensor) -> Tensor:
     ----------
     run : Run
         The solve; its trace is filled.
-    field : FieldView
+    field : BoundField
         The vector field, evaluated by differentiable operations.
     y0, times
         As for `discrete_adjoint`.
     """
     run.forward(y0.detach(), record=True)
     trace, tableau, n_lanes = run.trace, run.options.tableau, len(y0)
+    device = y0.device
     y = torch.cat([y0, y0.new_zeros(trace.n_padded - n_lanes, y0.shape[1])])
     t0, t_end = times[..., 0].expand(n_lanes), times[..., -1].expand(n_lanes)
     extra = times.new_zeros(trace.n_padded - n_lanes)
     # zero, but with a gradient
     shift0 = torch.cat([t0 - t0.detach(), extra])
     shift1 = torch.cat([t_end - t_end.detach(), extra])
+    coefficients = tableau.tensors(y.dtype, device)
     outputs = []
     for record in trace.records:
         rows = record.rows
         if rows is None:
-            rows = torch.arange(len(record.y), device=y.device)
-        t = record.t + shift0[rows]
-        t1 = record.t1 + torch.where(record.arrived, shift1[rows], shift0[rows])
+            rows = torch.arange(len(record.y), device=device)
+        t = torch.from_numpy(record.t).to(times) + shift0[rows]
+        t1 = torch.from_numpy(record.t1).to(times)
+        arrived = torch.from_numpy(record.arrived).to(device)
+        t1 = t1 + torch.where(arrived, shift1[rows], shift0[rows])
         length = t1 - t
-        moved = record.h != 0
         change = (length - length.detach()).to(y.dtype)[:, None]
-        h = record.h + torch.where(moved, change, torch.zeros_like(change))
+        h = record.h + torch.where(record.h != 0, change, torch.zeros_like(change))
         start = y[rows]
         k = _stages(field, tableau, t, t1, h, start, record.outputs is not None)
-        weights = run.options.tableau.tensors(y.dtype, y.device).a[tableau.n_stages - 1]
+        weights = coefficients.a[tableau.n_stages - 1]
         end = start + torch.einsum("s,sln->ln", weights, torch.stack(k[: len(weights)]))
         y = y.index_copy(0, rows, end)
         if record.outputs is not None:
             lanes, columns, theta = record.outputs
             grid = times.expand(n_lanes, -1) if times.ndim == 1 else times
-            at = grid[rows[lanes], columns]
-            exact = (at - t[lanes]) / length[lanes]
+            exact = (grid[rows[lanes], columns] - t[lanes]) / length[lanes]
             theta = theta + (exact - exact.detach()).to(theta.dtype)
-            p = tableau.tensors(y.dtype, y.device).dense
-            x = torch.stack([theta ** (i + 1) for i in range(p.shape[1])], 1)
+            degree = coefficients.dense.shape[1]
+            x = torch.stack([theta ** (i + 1) for i in range(degree)], 1)
             values = start[lanes] + torch.einsum(
-                "ms,smn->mn", x @ p.t(), torch.stack(k)[:, lanes]
+                "ms,smn->mn", x @ coefficients.dense.t(), torch.stack(k)[:, lanes]
             )
             outputs.append((rows[lanes], columns, values))
     return _assemble(trace, y0, y[:n_lanes], times, outputs)
@@ -307,7 +323,8 @@ def _stages(field, tableau, t, t1, h, y, extended: bool) -> list[Tensor]:
         if i:
             stage = y + torch.einsum("s,sln->ln", coefficients.a[i], torch.stack(k))
         c = coefficients.c[i]
-        k.append(field.evaluate(t + c * (t1 - t), stage) * h)
+        time = t1 if c == 1.0 else t + c * (t1 - t)
+        k.append(field.evaluate(time.to(y.dtype)[:, None], stage) * h)
     return k
 
 
@@ -315,12 +332,13 @@ def _assemble(trace: Trace, y0, y, times, outputs) -> Tensor:
     """Place differentiable states at their output times."""
     n_lanes, n_times = len(y0), times.shape[-1]
     grid = times.expand(n_lanes, -1) if times.ndim == 1 else times
+    moving = torch.from_numpy(trace.moving.copy()).to(y0.device)[:, None]
     # where nothing moved: the first state, which has a slope in time
     still = (grid - grid[:, :1]).to(y0.dtype)[:, :, None] * trace.k0[:, None, :]
-    result = y0[:, None, :] + torch.where(trace.moving[:, None, None], 0.0, still)
+    result = y0[:, None, :] + torch.where(moving[:, :, None], 0.0, still)
     columns = torch.arange(n_times, device=y0.device)
-    held = (columns >= trace.next_output[:, None]) & trace.moving[:, None]
-    held = held & (columns > 0)
+    ahead = torch.from_numpy(trace.next_output).to(y0.device)[:, None]
+    held = (columns >= ahead) & moving & (columns > 0)
     result = torch.where(held[:, :, None], y[:, None, :], result)
     for rows, column, values in outputs:
         result = result.index_put((rows, column), values)

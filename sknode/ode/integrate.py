@@ -1,8 +1,13 @@
 """The integration loop: many lanes, each with its own time, step size and fate.
 
 A lane is a sample under per-sample control, or the whole batch under shared control. All
-lanes step at once; who rejects a step stays where it is, who has arrived takes steps of
-length zero (the identity, to the bit) until it leaves the batch.
+lanes step at once; one that rejects a step stays where it is, one that has arrived takes
+steps of length zero (the identity, to the bit) until it leaves the batch.
+
+States live on the device, as torch tensors. What steers the loop (times, step sizes,
+statuses: a few numbers a lane) lives on the host, as NumPy arrays in float64, where such
+small operations are cheapest. The only thing that crosses over in a step is the error of
+every lane, so the host waits for the device once a step.
 
 Time runs upwards inside the loop, whatever the direction of the interval: ``t`` here is
 ``direction * time``.
@@ -10,27 +15,37 @@ Time runs upwards inside the loop, whatever the direction of the interval: ``t``
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sknode.ode.control import StepController, error_ratio, initial_step
-from sknode.ode.runge_kutta import dense_values, extend, step
+from sknode.ode.runge_kutta import (
+    StageBuffer,
+    StageTimes,
+    dense_values,
+    extend,
+    step,
+)
 from sknode.ode.solution import Status
 from sknode.ode.tableaus import Tableau
-from sknode.ode.vector_field import FieldView
 
-__all__ = ["Options", "StepRecord", "Trace", "integrate"]
+__all__ = ["Grid", "Options", "StepRecord", "Trace", "integrate"]
 
 # Matrix products treat full blocks of rows alike; a remainder goes through other
 # instructions and rounds differently. Batches that are multiples of this make a row's
 # result independent of how many others there are.
 ROW_BLOCK = 16
 
-# Leave the batch when at most this share of the lanes is still under way.
-COMPACT_BELOW = 0.8
+# Lanes that have arrived leave when they are this share of the batch, in batches
+# large enough for the arithmetic to cost more than the leaving.
+LEAVE_SHARE = 0.2
+LEAVE_BATCH = 256
+
+# The smallest step worth taking, relative to the time.
+RESOLUTION = 4 * np.finfo(np.float64).eps
 
 
 @dataclass(frozen=True)
@@ -47,6 +62,33 @@ class Options:
     step_size: float | None = None  # a constant step, without error control
 
 
+@dataclass(frozen=True)
+class Grid:
+    """Output times in ascending order and the sign that turns them back.
+
+    Attributes
+    ----------
+    times : ndarray of shape (n_times,) or (lanes, n_times)
+    direction : float or ndarray of shape (lanes,)
+    """
+
+    times: np.ndarray
+    direction: float | np.ndarray
+
+    @classmethod
+    def from_times(cls, t: np.ndarray) -> Grid:
+        """Check user times (finite, monotonic rows) and orient them."""
+        if not np.isfinite(t).all():
+            raise ValueError("t must be finite.")
+        sign = np.where(t[..., -1:] < t[..., :1], -1.0, 1.0)
+        times = t * sign
+        if not (times[..., 1:] >= times[..., :-1]).all():
+            raise ValueError("t must be monotonic (equal times may repeat).")
+        uniform = len(np.unique(sign)) <= 1
+        direction = float(sign.flat[0]) if uniform and sign.size else sign[..., 0]
+        return cls(times, direction if sign.size else 1.0)
+
+
 @dataclass
 class StepRecord:
     """A step as it was taken, for going back over it.
@@ -55,13 +97,13 @@ class StepRecord:
     ----------
     rows : Tensor of shape (m,) or None
         The lanes that moved; None for all of them, in order.
-    t, t1 : Tensor of shape (m,)
+    t, t1 : ndarray of shape (m,)
         Start and end in the direction of the interval, as the vector field saw them.
     h : Tensor of shape (m, 1)
         The signed step in the state's dtype, zero where a lane did not move.
     y : Tensor of shape (m, n)
         State at the start.
-    arrived : Tensor of shape (m,)
+    arrived : ndarray of shape (m,)
         Whether the step ended at the end of the lane's interval.
     outputs : tuple of Tensor (lanes, columns, theta), or None
         The inner output times that fell into the step: position in ``rows``, index of
@@ -69,11 +111,11 @@ class StepRecord:
     """
 
     rows: Tensor | None
-    t: Tensor
-    t1: Tensor
+    t: np.ndarray
+    t1: np.ndarray
     h: Tensor
     y: Tensor
-    arrived: Tensor
+    arrived: np.ndarray
     outputs: tuple[Tensor, Tensor, Tensor] | None
 
 
@@ -82,13 +124,13 @@ class Trace:
     """Everything that an integration leaves behind; one entry per lane."""
 
     y: Tensor  # (lanes, n_times, n)
-    status: Tensor
-    n_steps: Tensor
-    n_rejected: Tensor
-    n_dense: Tensor  # steps that needed the extra stages of the dense output
-    next_output: Tensor  # first output time that was not reached
-    t_reached: Tensor
-    moving: Tensor  # whether the interval has a length
+    status: np.ndarray
+    n_steps: np.ndarray
+    n_rejected: np.ndarray
+    n_dense: np.ndarray  # steps that needed the extra stages of the dense output
+    next_output: np.ndarray  # first output time that was not reached
+    t_reached: np.ndarray
+    moving: np.ndarray  # whether the interval has a length
     k0: Tensor  # first slope
     n_padded: int  # lanes counted by the records' rows
     records: list[StepRecord] | None
@@ -96,71 +138,45 @@ class Trace:
 
 @dataclass
 class _Lanes:
-    """State of the lanes still in the batch; every tensor has them first."""
+    """State of the lanes still in the batch; every array has them first."""
 
-    rows: Tensor
-    t: Tensor
-    t_end: Tensor
-    near_end: Tensor  # a step that gets here goes to the end
-    floor: Tensor  # smallest step, relative to the interval
-    h: Tensor
     y: Tensor
     k: Tensor  # slope at (t, y)
-    running: Tensor
-    status: Tensor
-    n_steps: Tensor
-    n_rejected: Tensor
-    n_dense: Tensor
-    next_output: Tensor
-    history: Tensor | None  # errors before, (lanes, n_history)
-    grid: Tensor | None  # output times, (lanes, n_times) where lanes differ
-    direction: Tensor | None  # where lanes differ
+    rows: np.ndarray
+    t: np.ndarray
+    t_end: np.ndarray
+    near_end: np.ndarray  # a step that gets here goes to the end
+    floor: np.ndarray  # smallest step, relative to the interval
+    h: np.ndarray
+    running: np.ndarray
+    status: np.ndarray
+    n_steps: np.ndarray
+    n_rejected: np.ndarray
+    n_dense: np.ndarray
+    next_output: np.ndarray
+    history: np.ndarray  # errors before, (lanes, n_history)
 
-    def select(self, index: Tensor) -> _Lanes:
+    def select(self, index: np.ndarray) -> _Lanes:
         """Keep some lanes."""
-        kept = {
-            f.name: None if value is None else value[index]
-            for f in fields(self)
-            for value in (getattr(self, f.name),)
-        }
-        return _Lanes(**kept)
+        index_y = torch.from_numpy(index).to(self.y.device)
+        return _Lanes(
+            self.y[index_y],
+            self.k[index_y],
+            **{f.name: getattr(self, f.name)[index] for f in fields(self)[2:]},
+        )
 
-
-@dataclass(frozen=True)
-class Grid:
-    """Output times in ascending order and the sign that turns them back.
-
-    Attributes
-    ----------
-    times : Tensor of shape (n_times,) or (lanes, n_times)
-    direction : float or Tensor of shape (lanes,)
-    """
-
-    times: Tensor
-    direction: float | Tensor
-
-    @classmethod
-    def from_times(cls, t: Tensor) -> Grid:
-        """Check user times (monotonic rows) and orient them."""
-        first, last = t[..., :1], t[..., -1:]
-        sign = torch.where(last < first, -1.0, 1.0).to(t.dtype)
-        times = t * sign
-        facts = [
-            torch.isfinite(t).all(),
-            (times[..., 1:] >= times[..., :-1]).all(),
-            (sign > 0).all(),
-            (sign < 0).all(),
-        ]
-        finite, monotonic, up, down = torch.stack(facts).tolist()
-        if not finite:
-            raise ValueError("t must be finite.")
-        if not monotonic:
-            raise ValueError("t must be monotonic (equal times may repeat).")
-        return cls(times, 1.0 if up else -1.0 if down else sign.flatten())
+    def store(self, total: _Lanes) -> None:
+        """Write back into the arrays of all lanes."""
+        if total is self:
+            return
+        rows = torch.from_numpy(self.rows).to(self.y.device)
+        total.y = total.y.index_copy(0, rows, self.y)
+        for f in fields(self)[3:]:
+            getattr(total, f.name)[self.rows] = getattr(self, f.name)
 
 
 def integrate(
-    field: FieldView,
+    field,
     y0: Tensor,
     grid: Grid,
     options: Options,
@@ -172,7 +188,7 @@ def integrate(
 
     Parameters
     ----------
-    field : FieldView
+    field : BoundField
         The vector field on (lanes, n) states.
     y0 : Tensor of shape (lanes, n)
         States at the first output time.
@@ -190,61 +206,58 @@ def integrate(
     Trace
     """
     n_lanes, n_times = len(y0), grid.times.shape[-1]
+    tableau, controller = options.tableau, options.controller
     if field.row_wise:
         y0, grid, k0 = _pad(y0, grid, k0)
-    shared_times = grid.times if grid.times.ndim == 1 else None
-    total = _start(field, y0, grid, options, k0)
-    trace_y = y0[:, None, :].repeat(1, n_times, 1)
-    records: list[StepRecord] = []
-    lanes = replace(total)
-    k = y0.new_empty(options.tableau.n_stages, *y0.shape)
-    k0, n_running = total.k, int(lanes.running.sum())
-    for attempt in range(options.max_steps + 1):
-        if not n_running:
-            break
+    lanes = total = _start(field, y0, grid, options, k0)
+    k0, records = total.k, [] if record else None
+    # a column an output time; none but the first is known yet
+    outputs_y = y0[:, None, :].repeat(1, n_times, 1)
+    buffer = StageBuffer(tableau.n_stages, y0, reuse=field.row_wise)
+    n_running, attempt = np.count_nonzero(lanes.running), 0
+    while n_running:
         if attempt == options.max_steps:
-            code = torch.full_like(lanes.status, Status.MAX_STEPS)
-            lanes.status = torch.where(lanes.running, code, lanes.status)
+            lanes.status[lanes.running] = Status.MAX_STEPS
             break
+        attempt += 1
 
         # attempt a step
         t, y, running = lanes.t, lanes.y, lanes.running
         t1 = t + lanes.h
-        t1 = torch.where(t1 >= lanes.near_end, lanes.t_end, t1)
+        t1 = np.where(t1 >= lanes.near_end, lanes.t_end, t1)
         length = t1 - t
-        direction = grid.direction if lanes.direction is None else lanes.direction
-        t_field, t1_field = _orient(t, direction), _orient(t1, direction)
-        h = _orient(length, direction).to(y.dtype)[:, None]
-        if k.shape[1] != len(y):
-            k = y.new_empty(options.tableau.n_stages, *y.shape)
-        field_times = (t_field, t1_field) if field.uses_time else (None, None)
-        y1, slope = step(field, options.tableau, *field_times, h, y, lanes.k, k)
+        sign = grid.direction
+        if isinstance(sign, np.ndarray):
+            sign = sign[lanes.rows]
+        h = to_device(length * sign, y)[:, None]
+        times = StageTimes(field, tableau, t * sign, t1 * sign, y)
+        if buffer.lanes != len(y):
+            buffer = StageBuffer(tableau.n_stages, y, reuse=field.row_wise)
+        y1, slope = step(field, tableau, times, h, y, lanes.k, buffer)
 
-        # accept or reject
-        ratio, accept = _judge(options, k, y, y1, t.dtype)
-        t_new = torch.where(accept, t1, t)
+        # accept or reject: here the host waits for the device
+        ratio, accept = _judge(options, buffer, y, y1)
         moved = accept & running
-        lanes.running = t_new < lanes.t_end
-        reached, counts = lanes.next_output, None
-        if n_times > 2:
-            times = shared_times if lanes.grid is None else lanes.grid
-            reached = _outputs_reached(times, t_new, lanes.next_output)
-            counts = reached - lanes.next_output
-        # the only time in a step that the host waits for the device
-        n_moved, n_ahead, n_outputs = _sums(moved, lanes.running, counts)
+        n_moved = np.count_nonzero(moved)
+        t_new = np.where(accept, t1, t)
 
         # evaluate what fell into the step
         outputs = None
-        if n_outputs:
-            outputs = _locate(times, t, length, counts, lanes.next_output, n_outputs, y)
-            full = extend(field, options.tableau, *field_times, h, y, k)
-            values = dense_values(options.tableau, y, full, outputs[0], outputs[2])
-            trace_y[lanes.rows[outputs[0]], outputs[1]] = values
-            lanes.n_dense = lanes.n_dense + (counts > 0)
+        if n_times > 2:
+            reached = _outputs_reached(grid, lanes.rows, t_new, lanes.next_output)
+            counts = reached - lanes.next_output
+            if counts.any():
+                outputs = _locate(grid, lanes, length, counts)
+                k = extend(field, tableau, times, h, y, buffer)
+                values = dense_values(tableau, y, k, outputs[0], outputs[2])
+                rows = to_device(lanes.rows, y)[outputs[0]]
+                outputs_y[rows, outputs[1]] = values
+                lanes.n_dense += counts > 0
+            lanes.next_output = reached
         if record and n_moved:
             arrived = t1 == lanes.t_end
-            entry = StepRecord(None, t_field, t1_field, h, y, arrived, outputs)
-            rows = lanes.rows if len(lanes.rows) < len(total.rows) else None
+            entry = StepRecord(None, t * sign, t1 * sign, h, y, arrived, outputs)
+            rows = None if lanes is total else lanes.rows
             records.append(_keep_moved(entry, rows, moved, n_moved, field.row_wise))
 
         # move
@@ -252,243 +265,229 @@ def integrate(
         if everyone:
             lanes.y, lanes.k = y1, slope
         else:
-            lanes.y = torch.where(moved[:, None], y1, y)
-            lanes.k = torch.where(moved[:, None], slope, lanes.k)
-        lanes.t, lanes.next_output = t_new, reached
-        lanes.n_steps = lanes.n_steps + running
+            mask = torch.from_numpy(moved).to(y.device)[:, None]
+            lanes.y = torch.where(mask, y1, y)
+            lanes.k = torch.where(mask, slope, lanes.k)
+        lanes.t = t_new
+        lanes.n_steps += running
 
         # choose the next step
         if ratio is not None:
-            order = options.tableau.error_order
-            history = None if lanes.history is None else lanes.history.t()
-            factor = options.controller.factor(ratio, history, order)
-            floor = torch.maximum(t_new.abs() * _resolution(t), lanes.floor)
-            lanes.h = torch.maximum(length * factor, floor)
-            if history is not None:
-                recent = torch.cat([ratio[None].clamp(min=1e-4), history[:-1]])
-                lanes.history = torch.where(moved, recent, history).t()
-        if not everyone and n_moved < n_running:
+            factor = controller.factor(ratio, lanes.history, tableau.error_order)
+            floor = np.maximum(np.abs(t_new) * RESOLUTION, lanes.floor)
+            lanes.h = np.maximum(length * factor, floor)
+            if controller.n_history:
+                recent = np.maximum(ratio, 1e-4)[:, None]
+                recent = np.concatenate([recent, lanes.history[:, :-1]], axis=1)
+                lanes.history = np.where(moved[:, None], recent, lanes.history)
+        if n_moved < n_running:
             _give_up(lanes, running & ~accept, ratio, length)
+        lanes.running = t_new < lanes.t_end
+        n_running = np.count_nonzero(lanes.running)
 
         # leave the batch
-        n_running = n_ahead
         size = -(-n_running // ROW_BLOCK) * ROW_BLOCK
-        if field.row_wise and 0 < size <= COMPACT_BELOW * len(y):
-            _store(total, lanes)
-            order = torch.argsort(lanes.running.int(), descending=True, stable=True)
-            lanes = lanes.select(order[:size])
-    _store(total, lanes)
-    return _finish(total, trace_y, grid, k0, n_lanes, records if record else None)
-
-
-def _pad(y0, grid, k0):
-    """Fill the batch up to whole blocks with lanes that have nowhere to go."""
-    extra = -len(y0) % ROW_BLOCK
-    if not extra:
-        return y0, grid, k0
-    y0 = torch.cat([y0, y0.new_zeros(extra, y0.shape[1])])
-    k0 = None if k0 is None else torch.cat([k0, k0.new_zeros(extra, k0.shape[1])])
-    times, direction = grid.times, grid.direction
-    n_times = times.shape[-1]
-    if times.ndim == 1:
-        times = times.expand(len(y0) - extra, n_times)
-    start = times[:1, :1].expand(extra, n_times)
-    times = torch.cat([times, start])
-    if isinstance(direction, Tensor):
-        direction = torch.cat([direction, direction[:1].expand(extra)])
-    return y0, Grid(times, direction), k0
-
-
-def _start(field, y0, grid, options, k0) -> _Lanes:
-    """Evaluate the first slope and choose the first step."""
-    n = len(y0)
-    times, direction = grid.times, grid.direction
-    per_lane = times.ndim == 2
-    rows = torch.arange(n, device=y0.device)
-    t = (times[:, 0] if per_lane else times[:1].expand(n)).contiguous()
-    t_end = (times[:, -1] if per_lane else times[-1:].expand(n)).contiguous()
-    interval = t_end - t
-    if k0 is None:
-        k0 = field.evaluate(_orient(t, direction) if field.uses_time else None, y0)
-    good = torch.isfinite(y0).all(1) & torch.isfinite(k0).all(1)
-    code = torch.full_like(rows, Status.NON_FINITE)
-    status = torch.where(good | (interval == 0), torch.zeros_like(rows), code)
-    # a lane that cannot start stays at a place where nothing can happen
-    y = torch.where(good[:, None], y0, torch.zeros_like(y0))
-    k = torch.where(good[:, None], k0, torch.zeros_like(k0))
-    t_end = torch.where(good, t_end, t)
-    floor = interval * (1e-3 * torch.finfo(t.dtype).eps)
-    floor = floor.clamp(min=max(options.min_step, torch.finfo(t.dtype).tiny))
-
-    if options.step_size is not None:
-        h = torch.full_like(t, options.step_size)
-    elif options.first_step is not None:
-        h = torch.minimum(torch.full_like(t, options.first_step), interval)
-    else:
-
-        def evaluate(t1, length):
-            signed = _orient(length, direction).to(y.dtype)[:, None]
-            time = _orient(t1, direction) if field.uses_time else None
-            return field.evaluate(time, torch.addcmul(y, k, signed))
-
-        order = options.tableau.error_order
-        h = initial_step(evaluate, t, t_end, y, k, order, options.rtol, options.atol)
-        h = torch.maximum(h, floor)
-    n_history = options.controller.n_history if options.step_size is None else 0
-    n_times = times.shape[-1]
-    zero = torch.zeros_like(rows)
-    return _Lanes(
-        rows=rows,
-        t=t,
-        t_end=t_end,
-        near_end=t_end - 4 * _resolution(t) * torch.maximum(t.abs(), t_end.abs()),
-        floor=floor,
-        h=h,
-        y=y,
-        k=k,
-        running=t < t_end,
-        status=status,
-        n_steps=zero,
-        n_rejected=zero,
-        n_dense=zero,
-        next_output=torch.where(interval == 0, n_times - 1, min(1, n_times - 1)),
-        history=torch.ones(n, n_history, dtype=t.dtype, device=t.device)
-        if n_history
-        else None,
-        grid=times if per_lane and n_times > 2 else None,
-        direction=direction if isinstance(direction, Tensor) else None,
-    )
-
-
-def _orient(t: Tensor, direction: float | Tensor) -> Tensor:
-    """Turn ascending time (or a length) into the direction of the interval."""
-    if isinstance(direction, float):
-        return t if direction > 0 else -t
-    return t * direction
-
-
-def _resolution(t: Tensor) -> float:
-    """Return the smallest step worth taking, relative to the time."""
-    return 4 * torch.finfo(t.dtype).eps
-
-
-def _judge(options, k, y, y1, dtype):
-    """Return the scaled error, if there is one, and whether the step is accepted."""
-    if options.step_size is not None:
-        return None, torch.isfinite(y1).all(1)
-    weights = options.tableau.tensors(y.dtype, y.device).error
-    flat = k.view(len(k), -1).t()
-    errors = [torch.mv(flat, w).view_as(y) for w in weights]
-    ratio = error_ratio(errors, y, y1, options.rtol, options.atol).to(dtype)
-    return ratio, ratio <= 1
-
-
-def _outputs_reached(times: Tensor, t: Tensor, before: Tensor) -> Tensor:
-    """Return the index of the first inner output time that lies ahead of t."""
-    if times.ndim == 1:
-        reached = torch.searchsorted(times, t, right=True)
-    else:
-        reached = torch.searchsorted(times, t[:, None], right=True)[:, 0]
-    # the last time is not an inner one: the end of the last step serves it
-    return torch.maximum(reached.clamp_(max=times.shape[-1] - 1), before)
-
-
-def _sums(moved: Tensor, running: Tensor, counts: Tensor | None) -> Iterator[int]:
-    """Bring the numbers that steer the loop to the host, in one transfer."""
-    if counts is None:
-        return *torch.stack([moved, running]).sum(1).tolist(), 0
-    return torch.stack([moved.sum(), running.sum(), counts.sum()]).tolist()
-
-
-def _locate(times, t, length, counts, first, n_outputs, y):
-    """List the outputs of a step: which lane, which output time, where in the step."""
-    arange = torch.arange(len(t), device=t.device)
-    lanes = torch.repeat_interleave(arange, counts, output_size=n_outputs)
-    before = counts.cumsum(0) - counts - first
-    columns = torch.arange(n_outputs, device=t.device) - before[lanes]
-    at = times[columns] if times.ndim == 1 else times[lanes, columns]
-    theta = ((at - t[lanes]) / length[lanes]).clamp_(0.0, 1.0).to(y.dtype)
-    return lanes, columns, theta
-
-
-def _keep_moved(entry: StepRecord, rows, moved, n_moved: int, row_wise: bool):
-    """Reduce a record to the lanes that moved, where rows may be taken apart."""
-    if n_moved == len(moved):
-        return replace(entry, rows=rows)
-    if not row_wise or n_moved > COMPACT_BELOW * len(moved):
-        # f may want all its rows, and taking a few out costs more than it saves:
-        # those that did not move get a step of length zero
-        still = torch.zeros_like(entry.h)
-        return replace(entry, rows=rows, h=torch.where(moved[:, None], entry.h, still))
-    index = torch.argsort(moved.int(), descending=True, stable=True)[:n_moved]
-    outputs = entry.outputs
-    if outputs is not None:
-        position = moved.cumsum(0) - 1
-        outputs = (position[outputs[0]], *outputs[1:])
-    return StepRecord(
-        rows=index if rows is None else rows[index],
-        t=entry.t[index],
-        t1=entry.t1[index],
-        h=entry.h[index],
-        y=entry.y[index],
-        arrived=entry.arrived[index],
-        outputs=outputs,
-    )
-
-
-def _give_up(lanes: _Lanes, rejected: Tensor, ratio: Tensor | None, length: Tensor):
-    """Count rejected steps; freeze the lanes that cannot step any smaller."""
-    lanes.n_rejected = lanes.n_rejected + rejected
-    non_finite = torch.full_like(lanes.status, Status.NON_FINITE)
-    if ratio is None:
-        hopeless, code = rejected, non_finite
-    else:
-        floor = torch.maximum(lanes.t.abs() * _resolution(lanes.t), lanes.floor)
-        hopeless = rejected & (length <= floor * 1.001)
-        too_small = torch.full_like(lanes.status, Status.STEP_TOO_SMALL)
-        code = torch.where(torch.isinf(ratio), non_finite, too_small)
-    lanes.status = torch.where(hopeless, code, lanes.status)
-    lanes.t_end = torch.where(hopeless, lanes.t, lanes.t_end)
-    lanes.near_end = torch.where(hopeless, lanes.t, lanes.near_end)
-    lanes.running = lanes.running & ~hopeless
-
-
-def _store(total: _Lanes, lanes: _Lanes) -> None:
-    """Write back what the lanes have become."""
-    if lanes.rows is total.rows:
-        for f in fields(total):
-            setattr(total, f.name, getattr(lanes, f.name))
-        return
-    names = ("t", "y", "status", "n_steps", "n_rejected", "n_dense", "next_output")
-    for name in names:
-        value = getattr(total, name).index_copy(0, lanes.rows, getattr(lanes, name))
-        setattr(total, name, value)
-
-
-def _finish(total, y: Tensor, grid: Grid, k0: Tensor, n_lanes: int, records) -> Trace:
-    """Fill the last outputs and drop the padding."""
-    n_times = y.shape[1]
-    moving = grid.times[..., -1] > grid.times[..., 0]
-    moving = moving.expand(len(y))
-    started = total.n_steps > 0
-    if n_times > 1:
-        columns = torch.arange(n_times, device=y.device)
-        # the last time, and those that a failed lane did not reach
-        ahead = (columns >= total.next_output[:, None]) & started[:, None]
-        if n_times == 2:
-            y[:, 1] = torch.where(started[:, None], total.y, y[:, 1])
-        else:
-            y = torch.where(ahead[:, :, None], total.y[:, None, :], y)
+        large = field.row_wise and len(y) >= LEAVE_BATCH
+        if large and 0 < size <= (1 - LEAVE_SHARE) * len(y):
+            lanes.store(total)
+            # running ones first; some that have arrived fill the last block
+            lanes = lanes.select(np.argsort(~lanes.running, kind="stable")[:size])
+    lanes.store(total)
+    _fill(outputs_y, total)
+    interval = grid.times[..., -1] - grid.times[..., 0]
+    moving = np.broadcast_to(interval > 0, len(y0))
+    reached = total.t * grid.direction
     return Trace(
-        y=y[:n_lanes],
+        y=outputs_y[:n_lanes],
         status=total.status[:n_lanes],
         n_steps=total.n_steps[:n_lanes],
         n_rejected=total.n_rejected[:n_lanes],
         n_dense=total.n_dense[:n_lanes],
         next_output=total.next_output[:n_lanes],
-        t_reached=_orient(total.t, grid.direction)[:n_lanes],
+        t_reached=reached[:n_lanes],
         moving=moving[:n_lanes],
         k0=k0[:n_lanes],
         n_padded=len(k0),
         records=records,
     )
+
+
+def to_device(values: np.ndarray, like: Tensor) -> Tensor:
+    """Bring an array to the device, real numbers in the dtype of the states."""
+    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    dtype = like.dtype if tensor.is_floating_point() else None
+    return tensor.to(device=like.device, dtype=dtype, non_blocking=True)
+
+
+def _pad(y0: Tensor, grid: Grid, k0: Tensor | None):
+    """Fill the batch up to whole blocks with lanes that have nowhere to go."""
+    extra = -len(y0) % ROW_BLOCK
+    if not extra:
+        return y0, grid, k0
+    n, n_times = len(y0), grid.times.shape[-1]
+    y0 = torch.cat([y0, y0.new_zeros(extra, y0.shape[1])])
+    k0 = None if k0 is None else torch.cat([k0, k0.new_zeros(extra, k0.shape[1])])
+    times = np.broadcast_to(grid.times, (n, n_times))
+    start = np.broadcast_to(times[:1, :1], (extra, n_times))
+    direction = grid.direction
+    if isinstance(direction, np.ndarray):
+        direction = np.concatenate([direction, np.repeat(direction[:1], extra)])
+    return y0, Grid(np.concatenate([times, start]), direction), k0
+
+
+def _start(field, y0: Tensor, grid: Grid, options: Options, k0) -> _Lanes:
+    """Evaluate the first slope and choose the first step."""
+    n, n_times = len(y0), grid.times.shape[-1]
+    t = np.broadcast_to(grid.times[..., 0], n).copy()
+    t_end = np.broadcast_to(grid.times[..., -1], n).copy()
+    interval = t_end - t
+    sign = grid.direction
+
+    def evaluate(t, y):
+        time = to_device(t * sign, y)[:, None] if field.uses_time else None
+        return field.evaluate(time, y)
+
+    if k0 is None:
+        k0 = evaluate(t, y0)
+    good = torch.isfinite(y0).all(1) & torch.isfinite(k0).all(1)
+    status = np.zeros(n, dtype=np.int64)
+    y, k, fine = y0, k0, good.cpu().numpy()
+    if not fine.all():
+        # a lane that cannot start stays at a place where nothing can happen
+        y = torch.where(good[:, None], y0, torch.zeros_like(y0))
+        k = torch.where(good[:, None], k0, torch.zeros_like(k0))
+        status[~fine & (interval > 0)] = Status.NON_FINITE
+        t_end = np.where(fine, t_end, t)
+    least = max(options.min_step, np.finfo(np.float64).tiny)
+    floor = np.maximum(interval * (1e-3 * np.finfo(np.float64).eps), least)
+
+    if options.step_size is not None:
+        h = np.full(n, float(options.step_size))
+    elif options.first_step is not None:
+        h = np.minimum(float(options.first_step), interval)
+    else:
+
+        def probe(t1, length):
+            signed = to_device(length * sign, y)[:, None]
+            return evaluate(t1, torch.addcmul(y, k, signed))
+
+        order = options.tableau.error_order
+        h = initial_step(probe, t, t_end, y, k, order, options.rtol, options.atol)
+        h = np.maximum(h, floor)
+    n_history = options.controller.n_history if options.step_size is None else 0
+    largest = np.maximum(np.abs(t), np.abs(t_end))
+    return _Lanes(
+        y=y,
+        k=k,
+        rows=np.arange(n),
+        t=t,
+        t_end=t_end,
+        near_end=t_end - 4 * RESOLUTION * largest,
+        floor=floor,
+        h=h,
+        running=t < t_end,
+        status=status,
+        n_steps=np.zeros(n, dtype=np.int64),
+        n_rejected=np.zeros(n, dtype=np.int64),
+        n_dense=np.zeros(n, dtype=np.int64),
+        next_output=np.where(interval > 0, min(1, n_times - 1), n_times - 1),
+        history=np.ones((n, n_history)),
+    )
+
+
+def _judge(options: Options, buffer: StageBuffer, y: Tensor, y1: Tensor):
+    """Return the scaled error, if there is one, and whether the step is accepted."""
+    if options.step_size is not None:
+        return None, torch.isfinite(y1).all(1).cpu().numpy()
+    weights = options.tableau.tensors(y.dtype, y.device).error
+    errors = [torch.mv(buffer.columns[-1], w).view_as(y) for w in weights]
+    ratio = error_ratio(errors, y, y1, options.rtol, options.atol)
+    ratio = ratio.cpu().numpy().astype(np.float64)
+    ratio[np.isnan(ratio)] = np.inf
+    return ratio, ratio <= 1
+
+
+def _outputs_reached(grid: Grid, rows, t: np.ndarray, before: np.ndarray):
+    """Return the index of the first inner output time that lies ahead of t."""
+    if grid.times.ndim == 1:
+        reached = np.searchsorted(grid.times, t, side="right")
+    else:
+        times = grid.times if len(rows) == len(grid.times) else grid.times[rows]
+        reached = torch.searchsorted(
+            torch.from_numpy(times), torch.from_numpy(t)[:, None], right=True
+        )
+        reached = reached[:, 0].numpy()
+    # the last time is not an inner one: the end of the last step serves it
+    return np.maximum(np.minimum(reached, grid.times.shape[-1] - 1), before)
+
+
+def _locate(grid: Grid, lanes: _Lanes, length: np.ndarray, counts: np.ndarray):
+    """List the outputs of a step: which lane, which output time, where in the step."""
+    lane = np.repeat(np.arange(len(counts)), counts)
+    before = counts.cumsum() - counts - lanes.next_output
+    column = np.arange(len(lane)) - before[lane]
+    if grid.times.ndim == 1:
+        at = grid.times[column]
+    else:
+        at = grid.times[lanes.rows[lane], column]
+    theta = np.clip((at - lanes.t[lane]) / length[lane], 0.0, 1.0)
+    return tuple(to_device(x, lanes.y) for x in (lane, column, theta))
+
+
+def _keep_moved(entry: StepRecord, rows, moved, n_moved: int, row_wise: bool):
+    """Reduce a record to the lanes that moved, where rows may be taken apart."""
+    if n_moved == len(moved) or not row_wise or n_moved > 0.5 * len(moved):
+        # f may want all its rows, and taking some out costs more than it saves:
+        # those that did not move get a step of length zero
+        if n_moved < len(moved):
+            entry.h = entry.h * to_device(moved, entry.h)[:, None]
+        entry.rows = None if rows is None else to_device(rows, entry.y)
+        return entry
+    # whole blocks again, filled up with lanes that did not move
+    size = min(-(-n_moved // ROW_BLOCK) * ROW_BLOCK, len(moved))
+    index = np.argsort(~moved, kind="stable")[:size]
+    index_y = to_device(index, entry.y)
+    outputs = entry.outputs
+    if outputs is not None:
+        position = to_device(np.cumsum(moved) - 1, entry.y)
+        outputs = (position[outputs[0]], *outputs[1:])
+    return StepRecord(
+        rows=index_y if rows is None else to_device(rows[index], entry.y),
+        t=entry.t[index],
+        t1=entry.t1[index],
+        h=entry.h[index_y] * to_device(moved[index], entry.h)[:, None],
+        y=entry.y[index_y],
+        arrived=entry.arrived[index],
+        outputs=outputs,
+    )
+
+
+def _give_up(lanes: _Lanes, rejected, ratio: np.ndarray | None, length) -> None:
+    """Count rejected steps; freeze the lanes that cannot step any smaller."""
+    lanes.n_rejected += rejected
+    if ratio is None:
+        hopeless, code = rejected, Status.NON_FINITE
+    else:
+        floor = np.maximum(np.abs(lanes.t) * RESOLUTION, lanes.floor)
+        hopeless = rejected & (length <= floor * 1.001)
+        code = np.where(np.isinf(ratio), Status.NON_FINITE, Status.STEP_TOO_SMALL)
+    if hopeless.any():
+        lanes.status = np.where(hopeless, code, lanes.status)
+        lanes.t_end = np.where(hopeless, lanes.t, lanes.t_end)
+        lanes.near_end = np.where(hopeless, lanes.t, lanes.near_end)
+
+
+def _fill(outputs_y: Tensor, total: _Lanes) -> None:
+    """Write the last states where they belong: the last time, and those not reached."""
+    n_times = outputs_y.shape[1]
+    started = total.n_steps > 0
+    if n_times == 1:
+        return
+    if started.all():
+        outputs_y[:, -1] = total.y
+    else:
+        mask = torch.from_numpy(started).to(outputs_y.device)[:, None]
+        outputs_y[:, -1] = torch.where(mask, total.y, outputs_y[:, -1])
+    short = started & (total.next_output < n_times - 1)
+    for row in np.flatnonzero(short):
+        outputs_y[row, total.next_output[row] :] = total.y[row]

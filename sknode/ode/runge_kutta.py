@@ -1,79 +1,131 @@
 """One explicit Runge-Kutta step of many lanes at once, and its dense output.
 
-The buffer ``k`` has shape (stages, lanes, n) and holds ``h * slope``: a stage is then one
-fused multiply-add over the flattened lanes, and so are the error and the dense output.
+Stages are kept as ``h * slope`` in a buffer of shape (stages, lanes, n): a stage is then
+one fused multiply-add over the flattened lanes, and so are error and dense output.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sknode.ode.tableaus import Tableau
 
-__all__ = ["combine", "dense_values", "extend", "stage_time", "step"]
+__all__ = ["StageBuffer", "StageTimes", "dense_values", "extend", "powers", "step"]
 
 
-def combine(y: Tensor, k: Tensor, weights: Tensor) -> Tensor:
-    """Return ``y + sum_i weights_i k_i`` as a new (lanes, n) tensor."""
-    n = len(weights)
-    return torch.addmv(y.view(-1), k[:n].view(n, -1).t(), weights).view_as(y)
+class StageBuffer:
+    """Memory for the stages of a step, with the views that are needed made once.
+
+    Attributes
+    ----------
+    values : Tensor of shape (stages, lanes, n)
+        The memory.
+    rows : list of Tensor of shape (lanes, n)
+        Stage by stage.
+    columns : list of Tensor of shape (lanes * n, i)
+        The first i stages as the columns of a matrix.
+    """
+
+    def __init__(self, n_stages: int, like: Tensor, reuse: bool = True):
+        self.lanes = len(like)
+        self.values = like.new_empty(n_stages, *like.shape)
+        self.rows = list(self.values.unbind(0))
+        flat = self.values.view(n_stages, -1).t()
+        self.columns = [flat[:, :i] for i in range(n_stages + 1)]
+        # A callable may keep the states that it is given: only fields that promise
+        # not to are given the same memory again.
+        self._stage = torch.empty_like(like).view(-1) if reuse else None
+
+    def combine(self, y: Tensor, weights: Tensor, fresh: bool = False) -> Tensor:
+        """Return ``y + sum_i weights_i stage_i``, overwritten by the next call."""
+        columns = self.columns[len(weights)]
+        if fresh or self._stage is None:
+            return torch.addmv(y.view(-1), columns, weights).view_as(y)
+        return torch.addmv(y.view(-1), columns, weights, out=self._stage).view_as(y)
 
 
-def stage_time(t: Tensor, t1: Tensor, c: float) -> Tensor:
-    """Return the time of a stage; a node of one is the end of the step exactly."""
-    if c == 1.0:
-        return t1
-    return t if c == 0.0 else torch.lerp(t, t1, c)
+class StageTimes:
+    """Times of the stages of a step, as the vector field wants them.
+
+    Parameters
+    ----------
+    field : BoundField
+        The vector field; nothing is computed if it does not use time.
+    tableau : Tableau
+        Its nodes.
+    t, t1 : ndarray of shape (lanes,)
+        Start and end of the step.
+    like : Tensor
+        For dtype and device.
+    """
+
+    def __init__(self, field, tableau: Tableau, t: np.ndarray, t1: np.ndarray, like):
+        self._values = None
+        if not field.uses_time:
+            return
+        c = tableau.c[:, None]
+        times = t + c * (t1 - t)
+        # exactly the ends, and never beyond them
+        times = np.clip(times, np.minimum(t, t1), np.maximum(t, t1))
+        times = np.where(c == 1.0, t1, times)
+        tensor = torch.from_numpy(times).to(like.device, like.dtype, non_blocking=True)
+        self._values = tensor[:, :, None].unbind(0)
+
+    def __getitem__(self, stage: int) -> Tensor | None:
+        return None if self._values is None else self._values[stage]
 
 
-def step(field, tableau: Tableau, t, t1, h: Tensor, y: Tensor, k1: Tensor, k: Tensor):
+def step(field, tableau: Tableau, times, h: Tensor, y: Tensor, k1: Tensor, buffer):
     """Take one step.
 
     Parameters
     ----------
-    field : FieldView
+    field : BoundField
         The vector field.
-    t, t1 : Tensor of shape (lanes,) or None
-        Start and end of the step; None if the field does not use time.
+    tableau : Tableau
+        The method.
+    times : StageTimes
+        Times of the stages.
     h : Tensor of shape (lanes, 1)
         Signed step in the state's dtype.
     y, k1 : Tensor of shape (lanes, n)
         State and slope at the start.
-    k : Tensor of shape (stages, lanes, n)
-        Buffer, filled with the scaled slopes of all stages.
+    buffer : StageBuffer
+        Filled with the scaled slopes of all stages.
 
     Returns
     -------
     y1, slope : Tensor of shape (lanes, n)
         State and slope at the end of the step.
     """
-    coefficients = tableau.tensors(y.dtype, y.device)
-    torch.mul(k1, h, out=k[0])
-    slope, stage = k1, y
-    for i in range(1, tableau.n_stages):
-        stage = combine(y, k, coefficients.a[i])
-        time = None if t is None else stage_time(t, t1, coefficients.c[i])
-        slope = field.evaluate(time, stage)
-        torch.mul(slope, h, out=k[i])
+    a, last = tableau.tensors(y.dtype, y.device).a, tableau.n_stages - 1
+    torch.mul(k1, h, out=buffer.rows[0])
+    stage, slope = y, k1
+    for i in range(1, last + 1):
+        stage = buffer.combine(y, a[i], fresh=i == last)
+        slope = field.evaluate(times[i], stage)
+        torch.mul(slope, h, out=buffer.rows[i])
     return stage, slope
 
 
-def extend(field, tableau: Tableau, t, t1, h: Tensor, y: Tensor, k: Tensor) -> Tensor:
-    """Return k with the stages that only the dense output needs."""
-    if tableau.n_stages_extended == tableau.n_stages:
-        return k
-    coefficients = tableau.tensors(y.dtype, y.device)
-    k = torch.cat([k, k.new_empty(tableau.n_stages_extended - len(k), *y.shape)])
-    for i in range(tableau.n_stages, tableau.n_stages_extended):
-        stage = combine(y, k, coefficients.a[i])
-        time = None if t is None else stage_time(t, t1, coefficients.c[i])
-        torch.mul(field.evaluate(time, stage), h, out=k[i])
-    return k
+def extend(field, tableau: Tableau, times, h: Tensor, y: Tensor, buffer) -> Tensor:
+    """Return the stages with those that only the dense output needs."""
+    n, extended = tableau.n_stages, tableau.n_stages_extended
+    if extended == n:
+        return buffer.values
+    larger = StageBuffer(extended, y, reuse=False)
+    larger.values[:n] = buffer.values
+    a = tableau.tensors(y.dtype, y.device).a
+    for i in range(n, extended):
+        slope = field.evaluate(times[i], larger.combine(y, a[i]))
+        torch.mul(slope, h, out=larger.rows[i])
+    return larger.values
 
 
 def powers(theta: Tensor, degree: int) -> Tensor:
-    """Return ``theta^0 ... theta^degree`` as the columns of an (n, degree + 1) tensor."""
+    """Return the powers 0 to degree of (m,) places, of shape (m, degree + 1)."""
     exponents = torch.arange(degree + 1, dtype=theta.dtype, device=theta.device)
     return theta[:, None] ** exponents
 
@@ -85,6 +137,8 @@ def dense_values(
 
     Parameters
     ----------
+    tableau : Tableau
+        The method.
     y : Tensor of shape (lanes, n)
         States at the start of the steps.
     k : Tensor of shape (stages_extended, lanes, n)

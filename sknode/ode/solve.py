@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from numbers import Real
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -157,15 +158,15 @@ def solve(f, y0, t, *, step_control="per_sample", gradient="discrete", **setting
     options = _make_options(y0.dtype, **settings)
     shared = step_control == "shared"
     batch, state = len(y0), y0.shape[1:]
-    times = _check_times(t, y0, shared)
+    times = _check_times(t, batch, shared)
     flat = y0.reshape(1 if shared else batch, -1)
 
     field = bind(f, batch, state, shared)
-    run = Run(field, Grid.from_times(times.detach()), options)
+    run = Run(field, Grid.from_times(times.detach().cpu().numpy()), options)
     needs_grad = torch.is_grad_enabled() and batch > 0
-    if needs_grad and hasattr(field.field, "discover"):
-        start = times.detach()[..., 0].expand(len(flat))
-        run.k0 = field.discover(start, flat.detach())
+    if needs_grad and field.probed:
+        start = times.detach()[..., :1].expand(len(flat), 1)
+        run.k0 = field.discover(start.to(flat), flat.detach())
     needs_grad = needs_grad and any(
         x.requires_grad for x in (flat, times, *field.parameters)
     )
@@ -182,18 +183,22 @@ def solve(f, y0, t, *, step_control="per_sample", gradient="discrete", **setting
     else:
         y = y.view(batch, n_times, *state)
     again = partial(solve, f, y0, step_control=step_control, gradient=gradient)
-    trace, run.trace = run.trace, run.trace if needs_grad else None
+    trace = run.trace
+
+    def per_sample(values, dtype=torch.int64):
+        return torch.from_numpy(values.astype("f8")).to(y0.device, dtype).expand(batch)
+
     return Solution(
         t=times,
         y=y,
-        status=trace.status.expand(batch),
-        stats={k: v.expand(batch) for k, v in _statistics(trace, options).items()},
-        t_reached=trace.t_reached.expand(batch),
+        status=per_sample(trace.status),
+        stats={k: per_sample(v) for k, v in _statistics(trace, options).items()},
+        t_reached=per_sample(trace.t_reached, torch.float64),
         _resolve=partial(again, **settings),
     )
 
 
-def _statistics(trace: Trace, options: Options) -> dict[str, Tensor]:
+def _statistics(trace: Trace, options: Options) -> dict[str, np.ndarray]:
     """Count steps and evaluations, exactly: those that the sample itself needed."""
     tableau = options.tableau
     chosen = options.step_size is None and options.first_step is None
@@ -229,20 +234,17 @@ def _check_state(y0) -> None:
         raise ValueError(f"y0 has an empty state: shape {tuple(y0.shape)}.")
 
 
-def _check_times(t, y0: Tensor, shared: bool) -> Tensor:
-    """Return the output times in the precision that time is carried in."""
+def _check_times(t, batch: int, shared: bool) -> Tensor:
+    """Return the output times in double precision: time costs nothing on the host."""
     if not isinstance(t, Tensor):
         t = torch.as_tensor(t, dtype=torch.float64)
     if t.is_complex():
         raise TypeError("t must be real.")
-    batch = len(y0)
     fits = t.ndim == 1 or (t.ndim == 2 and len(t) == batch and not shared)
     if not fits or t.shape[-1] == 0:
         expected = "(n_times,)" if shared else f"(n_times,) or ({batch}, n_times)"
         raise ValueError(f"t must have shape {expected}. Got {tuple(t.shape)} instead.")
-    # under shared control time costs nothing and gets the precision of a double
-    double = shared and y0.device.type != "mps"
-    return t.to(dtype=torch.float64 if double else y0.dtype, device=y0.device)
+    return t.to(torch.float64)
 
 
 def _make_options(
@@ -284,7 +286,7 @@ def _make_options(
     # rounding in a step is a few units in the last place: below this there is
     # nothing to control
     least = 10 * torch.finfo(dtype).eps
-    if rtol < least and atol == 0 or 0 < rtol < least:
+    if 0 < rtol < least:
         warnings.warn(
             f"rtol={rtol:g} is below what {dtype} can carry; using {least:.2g}.",
             SolverWarning,

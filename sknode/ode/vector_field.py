@@ -21,35 +21,44 @@ __all__ = ["AutogradField", "BoundField", "FieldView", "bind"]
 class BoundField(Protocol):
     """A vector field with its parameters, for the duration of one solve.
 
-    Times ``t`` have shape (rows, 1, ...) or (), to broadcast against ``y``.
+    Times ``t`` have the states' shape with ones after the first dimension, or none at
+    all under shared control; they are None if ``uses_time`` is false.
     """
 
     row_wise: bool
-    """Whether a row's slope depends on this row alone, so that rows may leave."""
+    """Whether a row's slope depends on this row alone, so that rows may leave, and
+    whether states that it was given may be overwritten."""
     uses_time: bool
     """Whether t matters."""
     parameters: Sequence[Tensor]
     """The tensors that gradients flow to."""
+    probed: bool
+    """Whether ``parameters`` are only known after a call of ``discover(t, y)``, which
+    also returns the slopes."""
 
     def evaluate(self, t: Tensor | None, y: Tensor) -> Tensor:
         """Return the slopes, in a tensor that is never written again."""
+
+    def begin_reverse(self) -> None:
+        """Start a reverse sweep: forget accumulated gradients."""
 
     def linearize(self, stage: int, t: Tensor | None, y: Tensor) -> Tensor:
         """Return the slopes and remember what the reverse of this stage needs."""
 
     def pullback(
-        self, stage: int, cotangent: Tensor, time: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the cotangents of y and, on request, of t (shape (rows,) or ()).
+        self, stage: int, cotangent: Tensor, time: bool, out: Tensor
+    ) -> Tensor | None:
+        """Write the cotangent of y to ``out``; on request return that of t.
 
-        Parameter cotangents are accumulated inside.
+        The latter has shape (rows,), or () under shared control.
         """
 
-    def begin_reverse(self) -> None:
-        """Start a reverse sweep: forget accumulated gradients."""
+    def flush(self, states: Tensor, cotangents: Tensor) -> None:
+        """Finish a reverse step: all its stages have been pulled back.
 
-    def flush(self) -> None:
-        """Finish a reverse step: all stages have been pulled back."""
+        The states and cotangents of the stages, stage first, are handed in once more,
+        so that parameter gradients can be added up for all of them together.
+        """
 
     def parameter_gradients(self) -> list[Tensor | None]:
         """Return the accumulated gradients, in the order of ``parameters``."""
@@ -66,6 +75,7 @@ class AutogradField:
 
     row_wise = False  # it may hold tensors with an entry per sample
     uses_time = True
+    probed = True
 
     def __init__(self, f: Callable[[Tensor, Tensor], Tensor]):
         self.f = f
@@ -92,13 +102,14 @@ class AutogradField:
 
     def linearize(self, stage, t, y):
         with torch.enable_grad():
+            # y is memory of the solver's, which is written again before the pullback
             t = t.detach().requires_grad_()
-            y = y.detach().requires_grad_()
+            y = y.detach().clone().requires_grad_()
             value = check_slope(self.f(t, y), y)
         self._stages[stage] = (t, y, value)
         return value.detach()
 
-    def pullback(self, stage, cotangent, time):
+    def pullback(self, stage, cotangent, time, out):
         t, y, value = self._stages.pop(stage)
         inputs = [y, *([t] if time else []), *self.parameters]
         if value.requires_grad:
@@ -108,7 +119,7 @@ class AutogradField:
             )
         else:
             grads = [None] * len(inputs)
-        grad_y = torch.zeros_like(y) if grads[0] is None else grads[0]
+        out.copy_(torch.zeros_like(y) if grads[0] is None else grads[0])
         grad_t = None
         if time:
             grad_t = torch.zeros_like(t) if grads[1] is None else grads[1]
@@ -117,12 +128,12 @@ class AutogradField:
             if grad is not None:
                 total = self._gradients[i]
                 self._gradients[i] = grad if total is None else total + grad
-        return grad_y, grad_t
+        return grad_t
 
     def begin_reverse(self):
         self._gradients = [None] * len(self.parameters)
 
-    def flush(self):
+    def flush(self, states, cotangents):
         self._stages.clear()
 
     def parameter_gradients(self):
@@ -172,46 +183,52 @@ class FieldView:
         self.row_wise = field.row_wise and not shared
         self.uses_time = field.uses_time
         self.parameters = field.parameters
+        self.probed = field.probed
         self.begin_reverse = field.begin_reverse
-        self.flush = field.flush
         self.parameter_gradients = field.parameter_gradients
         self._shape = (batch if shared else -1, *state)
         self._time_shape = () if shared else (-1, *(1 for _ in state))
 
     def _inputs(self, t, y):
-        if t is not None:
-            t = t.to(y.dtype).reshape(self._time_shape)
-        return t, y.view(self._shape)
+        return None if t is None else t.view(self._time_shape), y.view(self._shape)
 
-    def evaluate(self, t: Tensor | None, y: Tensor) -> Tensor:
-        """Return the slopes of (lanes, n) states at (lanes,) times."""
+    def evaluate(self, t, y):
+        """Return the slopes."""
         return self.field.evaluate(*self._inputs(t, y)).reshape(y.shape)
 
-    def discover(self, t: Tensor, y: Tensor) -> Tensor:
+    def discover(self, t, y):
         """Return the slopes; learn the parameters of a field that has to be probed."""
         value = self.field.discover(*self._inputs(t, y)).reshape(y.shape)
         self.parameters = self.field.parameters
         return value
 
-    def linearize(self, stage: int, t: Tensor | None, y: Tensor) -> Tensor:
+    def linearize(self, stage, t, y):
         """Return the slopes and remember the stage."""
         return self.field.linearize(stage, *self._inputs(t, y)).reshape(y.shape)
 
-    def pullback(self, stage: int, cotangent: Tensor, time: bool):
-        """Return the cotangents of the state and, on request, of the time."""
-        grad_y, grad_t = self.field.pullback(stage, cotangent.view(self._shape), time)
-        if grad_t is not None:
-            grad_t = grad_t.reshape(-1)
-        return grad_y.reshape(cotangent.shape), grad_t
+    def pullback(self, stage, cotangent, time, out):
+        """Write the cotangent of the state to out; return that of time on request."""
+        shape = self._shape
+        grad_t = self.field.pullback(
+            stage, cotangent.view(shape), time, out.view(shape)
+        )
+        return None if grad_t is None else grad_t.reshape(-1)
+
+    def flush(self, states, cotangents):
+        """Finish a reverse step."""
+        n, shape = len(states), self._shape
+        self.field.flush(states.view(n, *shape), cotangents.view(n, *shape))
 
 
 def bind(
     f, batch: int, state: torch.Size, shared: bool, closed_form: bool = True
-) -> FieldView:
+) -> BoundField:
     """Wrap f for a solve: by its closed form if it has one that applies."""
     field = None
     if closed_form and hasattr(f, "closed_form"):
         field = f.closed_form(state)
     if field is None:
         field = AutogradField(f)
+    elif not shared and len(state) == 1:
+        return field  # its layout is the solver's
     return FieldView(field, batch, state, shared)
