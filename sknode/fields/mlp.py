@@ -227,16 +227,17 @@ class MLPClosedForm:
     def evaluate(self, t, y):
         """Return the slopes."""
         self._check(y)
-        memory = self._scratch.get(len(y))
+        memory = self._scratch.get(y.shape[0])
         if memory is None:
-            widths = [len(bias) for bias in self.biases[:-1]]
-            memory = self._scratch[len(y)] = [y.new_empty(len(y), w) for w in widths]
+            memory = self._scratch[y.shape[0]] = [
+                (bias, weight, y.new_empty(y.shape[0], bias.shape[0]))
+                for bias, weight in zip(self.biases, self.transposed, strict=True)
+            ][:-1]
         s, kernel = y, self.activation.kernel
-        for i, z in enumerate(memory):
-            if i == 0:
-                self._first(t, y, z)
-            else:
-                torch.addmm(self.biases[i], s, self.transposed[i], out=z)
+        for bias, weight, z in memory:
+            torch.addmm(bias, s, weight, out=z)
+            if s is y and t is not None:
+                z.addcmul_(t, self.time_weight)
             s = kernel(z, z)
         return torch.addmm(self.biases[-1], s, self.transposed[-1])
 
@@ -249,13 +250,13 @@ class MLPClosedForm:
 
     def _memory(self, stage: int, y: Tensor) -> _Stages:
         """Return the memory for what stages keep, enough for this one."""
-        memory = self._kept.get(len(y))
+        memory = self._kept.get(y.shape[0])
         if memory is None or len(memory.values) <= stage:
             # a plain step has 6 or 7 stages in all methods but one
             n = 7 if stage < 7 else 16
             widths = [len(bias) for bias in self.biases[:-1]]
             memory = _Stages(n, y, widths, self.activation.keeps_input, memory)
-            self._kept[len(y)] = memory
+            self._kept[y.shape[0]] = memory
         return memory
 
     def linearize(self, stage, t, y):
@@ -278,7 +279,7 @@ class MLPClosedForm:
 
     def pullback(self, stage, cotangent, time, out):
         """Write the cotangent of y; return that of t on request."""
-        memory, reverse = self._kept[len(cotangent)], self.activation.reverse
+        memory, reverse = self._kept[cotangent.shape[0]], self.activation.reverse
         kept = memory.arguments if self.activation.keeps_input else memory.values
         delta = cotangent
         for i in range(len(self.weights) - 1, 0, -1):
@@ -295,7 +296,10 @@ class MLPClosedForm:
         """Add up the parameter gradients of all stages, one product a layer."""
         n, rows = states.shape[:2]
         memory = self._kept[rows]
-        inputs = [states.flatten(0, 1), *(v[:n].flatten(0, 1) for v in memory.all_values)]
+        inputs = [
+            states.flatten(0, 1),
+            *(v[:n].flatten(0, 1) for v in memory.all_values),
+        ]
         deltas = [v[:n].flatten(0, 1) for v in memory.all_cotangents]
         deltas.append(cotangents.flatten(0, 1))
         for i, (delta, s) in enumerate(zip(deltas, inputs, strict=True)):

@@ -62,9 +62,7 @@ class StepController:
         """How many earlier errors the controller looks at."""
         return 2 if self.dcoeff else 1 if self.pcoeff else 0
 
-    def factor(
-        self, ratio: np.ndarray, history: np.ndarray, order: int
-    ) -> np.ndarray:
+    def factor(self, ratio: np.ndarray, history: np.ndarray, order: int) -> np.ndarray:
         """Return the factor for the next step.
 
         Parameters
@@ -77,8 +75,8 @@ class StepController:
             Order of the error estimate plus one.
         """
         p, i, d = self.pcoeff, self.icoeff, self.dcoeff
-        with np.errstate(divide="ignore"):  # an error of zero: the largest factor
-            factor = self.safety * ratio ** (-(p + i + d) / order)
+        # an error of zero means the largest factor; this only avoids 1 / 0
+        factor = self.safety * np.maximum(ratio, 1e-100) ** (-(p + i + d) / order)
         for past, beta in zip(history.T, (-(p + 2 * d), d), strict=False):
             factor *= past ** (-beta / order)
         if self.n_history:
@@ -101,31 +99,47 @@ def make_controller(controller) -> StepController:
     )
 
 
-def rms_norm(x: Tensor) -> Tensor:
-    """Root mean square of every row of a (lanes, n) tensor."""
-    return torch.linalg.vector_norm(x, dim=1).mul_(x.shape[1] ** -0.5)
+def _scale(size: Tensor, rtol: float, atol: float) -> Tensor:
+    """Return ``atol + rtol * size``, in the memory of size."""
+    return size.mul_(rtol).add_(atol)
+
+
+def _rms(x: Tensor) -> np.ndarray:
+    """Root mean square of every row of a (lanes, n) tensor, on the host."""
+    norm = torch.linalg.vector_norm(x, dim=1).cpu().numpy()
+    return norm * float(x.shape[1] ** -0.5)
 
 
 def error_ratio(
     errors: list[Tensor], y: Tensor, y1: Tensor, rtol: float, atol: float
-) -> Tensor:
+) -> np.ndarray:
     """Return the error of a step in units of its tolerance, for every lane.
 
     The tolerance of a component is ``atol + rtol * max(|y|, |y1|)``, the norm is the
-    root mean square over the lane's own components.
+    root mean square over the lane's own components. What is not a number is infinite.
     """
-    scale = torch.maximum(y.abs(), y1.abs()).mul_(rtol).add_(atol)
-    norms = [rms_norm(error.div_(scale)) for error in errors]
-    if len(norms) == 1:
-        return norms[0]
-    # DOP853: the third-order estimate keeps the fifth-order one from being fooled
-    fine, coarse = norms
-    tiny = torch.finfo(fine.dtype).tiny  # only for 0 / 0
-    return fine**2 / (fine**2 + 0.01 * coarse**2).add_(tiny).sqrt_()
+    scale = _scale(torch.maximum(y.abs(), y1.abs()), rtol, atol)
+    if len(errors) == 1:
+        ratio = _rms(errors[0].div_(scale)).astype(np.float64)
+    else:
+        # DOP853: the third-order estimate keeps the fifth-order one from being fooled
+        norms = _rms(torch.cat([error.div_(scale) for error in errors]))
+        fine, coarse = norms.astype(np.float64).reshape(2, -1)
+        with np.errstate(invalid="ignore", over="ignore"):
+            ratio = fine**2 / np.sqrt(fine**2 + 0.01 * coarse**2 + 1e-300)
+    ratio[np.isnan(ratio)] = np.inf
+    return ratio
 
 
 def initial_step(
-    probe, t: np.ndarray, t_end: np.ndarray, y: Tensor, k: Tensor, order: int, rtol, atol
+    probe,
+    t: np.ndarray,
+    t_end: np.ndarray,
+    y: Tensor,
+    k: Tensor,
+    order: int,
+    rtol,
+    atol,
 ) -> np.ndarray:
     """Choose the first step of every lane, inside its interval, by one evaluation.
 
@@ -149,15 +163,15 @@ def initial_step(
     Hairer, Norsett & Wanner, "Solving Ordinary Differential Equations I", section II.4.
     """
     interval = t_end - t
-    scale = y.abs().mul_(rtol).add_(atol)
-    norms = torch.stack([rms_norm(y / scale), rms_norm(k / scale)])
-    d0, d1 = norms.cpu().numpy().astype(np.float64)
+    scale = _scale(y.abs(), rtol, atol)
+    norms = _rms(torch.cat([y / scale, k / scale]))
+    d0, d1 = norms.astype(np.float64).reshape(2, -1)
     with np.errstate(all="ignore"):
         h0 = np.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
         # an infinite or undefined norm must not make the step so
         h0 = np.minimum(np.where(np.isfinite(h0), h0, 1e-6), interval)
         change = probe(np.minimum(t + h0, t_end), h0) - k
-        d2 = rms_norm(change / scale).cpu().numpy().astype(np.float64) / h0
+        d2 = _rms(change / scale).astype(np.float64) / h0
         steepest = np.maximum(d1, d2)
         h1 = np.where(
             steepest <= 1e-15,

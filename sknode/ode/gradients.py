@@ -137,14 +137,16 @@ class _Sweep:
         held = np.arange(n_times) >= self.trace.next_output[:, None]
         held |= ~self.trace.moving[:, None]
         held[:, 0] = False
-        return torch.einsum("ltn,lt->ln", self.grad, self._tensor(held, self.grad.dtype))
+        return torch.einsum(
+            "ltn,lt->ln", self.grad, self._tensor(held, self.grad.dtype)
+        )
 
     def _tensor(self, values: np.ndarray, dtype=None) -> Tensor:
         return torch.from_numpy(values).to(self.grad.device, dtype)
 
     def _memory(self, n: int, like: Tensor) -> tuple[StageBuffer, ...]:
         """Return buffers for stages, their states, and both kinds of cotangents."""
-        key = (n, len(like))
+        key = (n, like.shape[0])
         if key not in self._buffers:
             sizes = (n, n, n, n + 1)
             self._buffers[key] = tuple(StageBuffer(size, like) for size in sizes)
@@ -164,19 +166,20 @@ class _Sweep:
         k, states, kappa, stack = self._memory(n, y)
         times = StageTimes(field, self.tableau, record.t, record.t1, y)
 
+        flat = y.view(-1)
         states.rows[0].copy_(y)
         for i in range(n):
+            state = states.rows[i]
             if i:
-                flat = states.rows[i].view(-1)
-                torch.addmv(y.view(-1), k.columns[i], coefficients.a[i], out=flat)
-            slope = field.linearize(i, times[i], states.rows[i])
-            torch.mul(slope, h, out=k.rows[i])
+                out = states.flat[i]
+                torch.addmv(flat, k.columns[i], coefficients.a[i], out=out)
+            torch.mul(field.linearize(i, times[i], state), h, out=k.rows[i])
 
         need_times = self.grad_times is not None
         by_length, by_start, by_end = 0.0, 0.0, 0.0
         stack.rows[0].copy_(lam)  # then l_s, ..., l_1
         for m, i in enumerate(reversed(range(n)), start=1):
-            cotangent = torch.mv(stack.columns[m], backward[i]).view_as(y)
+            cotangent = torch.mv(stack.columns[m], backward[i]).view(y.shape)
             if weighted is not None:
                 cotangent += weighted[i]
             torch.mul(cotangent, h, out=kappa.rows[i])

@@ -231,7 +231,7 @@ def integrate(
             sign = sign[lanes.rows]
         h = to_device(length * sign, y)[:, None]
         times = StageTimes(field, tableau, t * sign, t1 * sign, y)
-        if buffer.lanes != len(y):
+        if buffer.lanes != y.shape[0]:
             buffer = StageBuffer(tableau.n_stages, y, reuse=field.row_wise)
         y1, slope = step(field, tableau, times, h, y, lanes.k, buffer)
 
@@ -261,7 +261,7 @@ def integrate(
             records.append(_keep_moved(entry, rows, moved, n_moved, field.row_wise))
 
         # move
-        everyone = n_moved == len(y)
+        everyone = n_moved == y.shape[0]
         if everyone:
             lanes.y, lanes.k = y1, slope
         else:
@@ -287,8 +287,8 @@ def integrate(
 
         # leave the batch
         size = -(-n_running // ROW_BLOCK) * ROW_BLOCK
-        large = field.row_wise and len(y) >= LEAVE_BATCH
-        if large and 0 < size <= (1 - LEAVE_SHARE) * len(y):
+        large = field.row_wise and y.shape[0] >= LEAVE_BATCH
+        if large and 0 < size <= (1 - LEAVE_SHARE) * y.shape[0]:
             lanes.store(total)
             # running ones first; some that have arrived fill the last block
             lanes = lanes.select(np.argsort(~lanes.running, kind="stable")[:size])
@@ -402,8 +402,6 @@ def _judge(options: Options, buffer: StageBuffer, y: Tensor, y1: Tensor):
     weights = options.tableau.tensors(y.dtype, y.device).error
     errors = [torch.mv(buffer.columns[-1], w).view_as(y) for w in weights]
     ratio = error_ratio(errors, y, y1, options.rtol, options.atol)
-    ratio = ratio.cpu().numpy().astype(np.float64)
-    ratio[np.isnan(ratio)] = np.inf
     return ratio, ratio <= 1
 
 

@@ -24,26 +24,34 @@ class StageBuffer:
         The memory.
     rows : list of Tensor of shape (lanes, n)
         Stage by stage.
+    flat : list of Tensor of shape (lanes * n,)
+        The same as vectors.
     columns : list of Tensor of shape (lanes * n, i)
         The first i stages as the columns of a matrix.
     """
 
     def __init__(self, n_stages: int, like: Tensor, reuse: bool = True):
-        self.lanes = len(like)
+        self.lanes = like.shape[0]
         self.values = like.new_empty(n_stages, *like.shape)
         self.rows = list(self.values.unbind(0))
-        flat = self.values.view(n_stages, -1).t()
-        self.columns = [flat[:, :i] for i in range(n_stages + 1)]
+        self.flat = list(self.values.view(n_stages, -1).unbind(0))
+        matrix = self.values.view(n_stages, -1).t()
+        self.columns = [matrix[:, :i] for i in range(n_stages + 1)]
         # A callable may keep the states that it is given: only fields that promise
         # not to are given the same memory again.
-        self._stage = torch.empty_like(like).view(-1) if reuse else None
+        self._state = torch.empty_like(like) if reuse else None
+        self._state_flat = self._state.view(-1) if reuse else None
 
-    def combine(self, y: Tensor, weights: Tensor, fresh: bool = False) -> Tensor:
-        """Return ``y + sum_i weights_i stage_i``, overwritten by the next call."""
-        columns = self.columns[len(weights)]
-        if fresh or self._stage is None:
-            return torch.addmv(y.view(-1), columns, weights).view_as(y)
-        return torch.addmv(y.view(-1), columns, weights, out=self._stage).view_as(y)
+    def combine(self, flat: Tensor, stage: int, weights: Tensor) -> Tensor:
+        """Return the state of a stage, ``y + sum_i weights_i stage_i``.
+
+        It is overwritten by the next call if memory is used again.
+        """
+        columns = self.columns[stage]
+        if self._state is None:
+            return torch.addmv(flat, columns, weights).view(self.values.shape[1:])
+        torch.addmv(flat, columns, weights, out=self._state_flat)
+        return self._state
 
 
 class StageTimes:
@@ -101,13 +109,16 @@ def step(field, tableau: Tableau, times, h: Tensor, y: Tensor, k1: Tensor, buffe
         State and slope at the end of the step.
     """
     a, last = tableau.tensors(y.dtype, y.device).a, tableau.n_stages - 1
-    torch.mul(k1, h, out=buffer.rows[0])
-    stage, slope = y, k1
-    for i in range(1, last + 1):
-        stage = buffer.combine(y, a[i], fresh=i == last)
-        slope = field.evaluate(times[i], stage)
-        torch.mul(slope, h, out=buffer.rows[i])
-    return stage, slope
+    rows, flat = buffer.rows, y.view(-1)
+    torch.mul(k1, h, out=rows[0])
+    for i in range(1, last):
+        slope = field.evaluate(times[i], buffer.combine(flat, i, a[i]))
+        torch.mul(slope, h, out=rows[i])
+    # the state at the end is kept: it needs memory of its own
+    y1 = torch.addmv(flat, buffer.columns[last], a[last]).view(y.shape)
+    slope = field.evaluate(times[last], y1)
+    torch.mul(slope, h, out=rows[last])
+    return y1, slope
 
 
 def extend(field, tableau: Tableau, times, h: Tensor, y: Tensor, buffer) -> Tensor:
@@ -119,8 +130,8 @@ def extend(field, tableau: Tableau, times, h: Tensor, y: Tensor, buffer) -> Tens
     larger.values[:n] = buffer.values
     a = tableau.tensors(y.dtype, y.device).a
     for i in range(n, extended):
-        slope = field.evaluate(times[i], larger.combine(y, a[i]))
-        torch.mul(slope, h, out=larger.rows[i])
+        stage = larger.combine(y.view(-1), i, a[i])
+        torch.mul(field.evaluate(times[i], stage), h, out=larger.rows[i])
     return larger.values
 
 
@@ -153,7 +164,7 @@ def dense_values(
     p = tableau.tensors(y.dtype, y.device).dense  # (stages, degree)
     x = powers(theta, p.shape[1])  # (m, degree + 1)
     polynomial = torch.cat([y[None], (p.t() @ k.view(len(k), -1)).view(-1, *y.shape)])
-    if len(y) == 1:
+    if y.shape[0] == 1:
         return x @ polynomial[:, 0]
     # lanes first, so that gathering a lane reads one contiguous block
     gathered = polynomial.transpose(0, 1).contiguous()[lanes]  # (m, degree + 1, n)
