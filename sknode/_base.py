@@ -1,0 +1,231 @@
+"""What every estimator shares: parameters, device and dtype, persistence."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from numbers import Integral, Real
+
+import numpy as np
+import torch
+from scipy import sparse
+from sklearn.base import BaseEstimator
+from sklearn.utils import check_random_state
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.validation import validate_data
+
+from sknode._compat import CallbackSupportMixin
+from sknode._network import SolverSettings
+from sknode._training import Recipe
+from sknode.fields import ACTIVATIONS
+from sknode.ode import METHODS
+from sknode.ode.tableaus import get_tableau
+
+__all__ = ["SHARED_CONSTRAINTS", "BaseODEEstimator"]
+
+# Rows are predicted in blocks of this size, to bound memory. A multiple of the solver's
+# block, so that it makes no difference to the result.
+CHUNK = 4096
+
+SHARED_CONSTRAINTS = {
+    "hidden_layer_sizes": ["array-like", Interval(Integral, 1, None, closed="left")],
+    "activation": [StrOptions(set(ACTIVATIONS))],
+    "solver": [StrOptions(set(METHODS))],
+    "rtol": [Interval(Real, 0, None, closed="neither")],
+    "atol": [Interval(Real, 0, None, closed="left")],
+    "max_steps": [Interval(Integral, 1, None, closed="left")],
+    "step_size": [Interval(Real, 0, 1, closed="right")],
+    "gradient": [StrOptions({"discrete", "backprop"})],
+    "optimizer": [StrOptions({"adam"})],
+    "alpha": [Interval(Real, 0, None, closed="left")],
+    "batch_size": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left")],
+    "learning_rate_init": [Interval(Real, 0, None, closed="neither")],
+    "max_iter": [Interval(Integral, 1, None, closed="left")],
+    "tol": [Interval(Real, 0, None, closed="left")],
+    "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
+    "early_stopping": ["boolean"],
+    "validation_fraction": [Interval(Real, 0, 1, closed="neither")],
+    "warm_start": ["boolean"],
+    "device": [str],
+    "dtype": [StrOptions({"auto", "float32", "float64"})],
+    "verbose": ["verbose"],
+    "random_state": ["random_state"],
+}
+
+
+class BaseODEEstimator(CallbackSupportMixin, BaseEstimator):
+    """Base of the estimators.
+
+    A subclass sets ``module_`` and, with it, ``_module_config``, the arguments that
+    ``_make_module`` builds it from.
+    """
+
+    _parameter_constraints = SHARED_CONSTRAINTS
+    _doc_link_module = "sknode"
+
+    def _validate(self, X, y="no_validation", reset=False, **kwargs):
+        """Check X (and y) as all estimators do."""
+        if sparse.issparse(X):
+            raise TypeError(
+                f"Sparse data was passed to {type(self).__name__}, but dense data is "
+                "required. Reduce it with sklearn.decomposition.TruncatedSVD first, or "
+                "use X.toarray() if it fits into memory."
+            )
+        dtype = [np.float64, np.float32]
+        return validate_data(self, X, y, dtype=dtype, reset=reset, **kwargs)
+
+    def _device(self) -> torch.device:
+        """Resolve the device parameter."""
+        name = self.device
+        if name == "auto":
+            accelerator = torch.accelerator.current_accelerator(check_available=True)
+            return accelerator or torch.device("cpu")
+        try:
+            device = torch.device(name)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"device={name!r} cannot be used here: {error}. Use device='cpu' or "
+                "device='auto'."
+            ) from error
+        return device
+
+    def _dtype(self, X: np.ndarray, device: torch.device) -> torch.dtype:
+        """Resolve the dtype parameter: that of X, or float32 on an accelerator."""
+        if self.dtype != "auto":
+            return getattr(torch, self.dtype)
+        if device.type != "cpu" or X.dtype == np.float32:
+            return torch.float32
+        return torch.float64
+
+    def _solver_settings(self, dtype: torch.dtype) -> SolverSettings:
+        """Collect the solver parameters as they are now."""
+        rtol, least = self.rtol, 10 * torch.finfo(dtype).eps
+        if rtol < least:
+            warnings.warn(
+                f"rtol={rtol:g} is below what {dtype} can carry; using {least:.2g}. "
+                "Use dtype='float64' or a larger rtol.",
+                UserWarning,
+                stacklevel=3,
+            )
+            rtol = least
+        adaptive = get_tableau(self.solver).adaptive
+        return SolverSettings(
+            method=self.solver,
+            rtol=float(rtol),
+            atol=float(self.atol),
+            max_steps=int(self.max_steps),
+            gradient=self.gradient,
+            step_size=None if adaptive else float(self.step_size),
+        )
+
+    def _hidden_layer_sizes(self) -> tuple[int, ...]:
+        """Resolve hidden_layer_sizes: a number is one layer."""
+        sizes = self.hidden_layer_sizes
+        sizes = (sizes,) if isinstance(sizes, Integral) else tuple(sizes)
+        good = all(isinstance(s, Integral) and s > 0 for s in sizes)
+        if not sizes or not good:
+            raise ValueError(
+                "hidden_layer_sizes must be one or more positive integers. "
+                f"Got {self.hidden_layer_sizes!r} instead."
+            )
+        return tuple(int(s) for s in sizes)
+
+    def _recipe(self, n_samples: int, max_iter: int) -> Recipe:
+        """Collect the learning parameters."""
+        batch_size = self.batch_size
+        if batch_size == "auto":
+            batch_size = min(200, n_samples)
+        elif batch_size > n_samples:
+            warnings.warn(
+                f"batch_size={batch_size} is larger than the number of samples; using "
+                f"{n_samples}.",
+                UserWarning,
+                stacklevel=3,
+            )
+            batch_size = n_samples
+        return Recipe(
+            max_iter=max_iter,
+            batch_size=int(batch_size),
+            learning_rate=float(self.learning_rate_init),
+            alpha=float(self.alpha),
+            tol=float(self.tol),
+            n_iter_no_change=self.n_iter_no_change,
+            verbose=bool(self.verbose),
+            name=type(self).__name__,
+        )
+
+    def _new_module(self, config: dict, dtype, device, seed: int):
+        """Build and initialise the module, from a seed and on the CPU.
+
+        The start is then the same on every device, and torch's global random state is
+        left alone.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            module = self._make_module(**config)
+        return module.to(device=device, dtype=dtype)
+
+    def _seed(self) -> int:
+        return int(check_random_state(self.random_state).randint(2**31 - 1))
+
+    def _module_for_prediction(self):
+        """Return the module on the device that the parameter names now."""
+        device = self._device()
+        parameter = next(self.module_.parameters())
+        if parameter.device != device:
+            return copy.deepcopy(self.module_).to(device)
+        return self.module_
+
+    def __getstate__(self):
+        """Return a state of plain Python and NumPy objects on the CPU.
+
+        It can be read anywhere, with or without the accelerator that fit used, and by
+        tools that know nothing of torch.
+        """
+        state = dict(super().__getstate__())
+        if "module_" in state:
+            weights = state.pop("module_").state_dict()
+            state["_module_weights"] = {
+                k: v.detach().cpu().numpy().copy() for k, v in weights.items()
+            }
+        if state.get("_optimizer_state") is not None:
+            state["_optimizer_state"] = to_numpy(state["_optimizer_state"])
+        return state
+
+    def __setstate__(self, state):
+        state = dict(state)
+        weights = state.pop("_module_weights", None)
+        if state.get("_optimizer_state") is not None:
+            state["_optimizer_state"] = to_torch(state["_optimizer_state"])
+        super().__setstate__(state)
+        if weights is not None:
+            dtype = torch.from_numpy(next(iter(weights.values()))).dtype
+            module = self._new_module(self._module_config, dtype, "cpu", 0)
+            # a copy: what was read may be memory that cannot be written
+            module.load_state_dict(
+                {k: torch.from_numpy(np.array(v)) for k, v in weights.items()}
+            )
+            self.module_ = module.eval()
+
+
+def to_numpy(state):
+    """Return an optimizer's state with arrays for tensors."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().cpu().numpy().copy()
+    if isinstance(state, dict):
+        return {k: to_numpy(v) for k, v in state.items()}
+    if isinstance(state, list | tuple):
+        return [to_numpy(v) for v in state]
+    return state
+
+
+def to_torch(state):
+    """Undo `to_numpy`."""
+    if isinstance(state, np.ndarray):
+        return torch.from_numpy(np.array(state))
+    if isinstance(state, dict):
+        return {k: to_torch(v) for k, v in state.items()}
+    if isinstance(state, list):
+        return [to_torch(v) for v in state]
+    return state

@@ -1,0 +1,200 @@
+"""The minibatch loop that all estimators train with."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from torch import Tensor, nn
+
+__all__ = ["History", "Recipe", "make_optimizer", "train"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: the learning parameters of an estimator, resolved."""
+
+    max_iter: int
+    batch_size: int
+    learning_rate: float
+    alpha: float
+    tol: float
+    n_iter_no_change: int
+    verbose: bool = False
+    name: str = "estimator"
+
+
+@dataclass
+class History:
+    """What happened: an entry an epoch."""
+
+    loss: list[float] = field(default_factory=list)
+    nfe: list[float] = field(default_factory=list)
+    validation: list[float] = field(default_factory=list)
+    best_loss: float = math.inf
+    best_validation: float = -math.inf
+    stale: int = 0  # epochs without progress
+
+
+def make_optimizer(module: nn.Module, recipe: Recipe, state: dict | None = None):
+    """Return Adam, with the penalty on weight matrices only.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        What is trained.
+    recipe : Recipe
+        For the learning rate.
+    state : dict, optional
+        The state of an earlier optimizer, to go on with.
+    """
+    weights = [p for p in module.parameters() if p.ndim > 1]
+    others = [p for p in module.parameters() if p.ndim <= 1]
+    groups = [{"params": weights, "decay": True}, {"params": others, "decay": False}]
+    optimizer = torch.optim.Adam(groups, lr=recipe.learning_rate, fused=True)
+    if state is not None:
+        optimizer.load_state_dict(state)
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate
+    return optimizer
+
+
+def train(
+    module: nn.Module,
+    data: tuple[Tensor, ...],
+    weight: Tensor,
+    objective: Callable[..., tuple[Tensor, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    recipe: Recipe,
+    generator: torch.Generator,
+    history: History,
+    *,
+    validate: Callable[[], float] | None = None,
+    on_epoch: Callable[[int], bool] = lambda epoch: False,
+) -> int:
+    """Train a module; return the number of epochs.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        What is trained, in place.
+    data : tuple of Tensor
+        Arrays with a row a sample, on the module's device.
+    weight : Tensor of shape (n,)
+        Sample weights, positive.
+    objective : callable
+        ``objective(*rows)`` returns the losses (m,) and function evaluations (m,) of a
+        batch.
+    optimizer : torch.optim.Optimizer
+        From `make_optimizer`.
+    recipe : Recipe
+        How to train.
+    generator : torch.Generator
+        Draws the batches, on the CPU.
+    history : History
+        Continued.
+    validate : callable, optional
+        Returns a score of the module as it is, larger is better. With it, training
+        stops when the score no longer improves and the best weights are restored;
+        without, when the loss no longer does.
+    on_epoch : callable
+        Called with the epoch; returns True to stop.
+    """
+    n, device = len(weight), weight.device
+    n_batches = math.ceil(n / recipe.batch_size)
+    best = None
+    for epoch in range(recipe.max_iter):
+        started = time.perf_counter()
+        # A single batch stays in order: a weight of 2 is then the same as a row twice.
+        order = torch.arange(n)
+        if n_batches > 1:
+            order = torch.randperm(n, generator=generator)
+        loss_sum, nfe_sum = 0.0, 0.0  # tensors on the device: read once an epoch
+        for rows in order.to(device).split(recipe.batch_size):
+            w = weight[rows]
+            total = w.sum()
+            losses, nfe = objective(*(x[rows] for x in data))
+            loss = (w * losses).sum()
+            optimizer.zero_grad(set_to_none=True)
+            (loss / total).backward()
+            penalize(optimizer, recipe.alpha, total)
+            optimizer.step()
+            loss_sum = loss_sum + loss.detach()
+            nfe_sum = nfe_sum + nfe.sum()
+
+        history.loss.append(float(loss_sum / weight.sum()))
+        history.nfe.append(float(nfe_sum) / n)
+        if not np.isfinite(history.loss[-1]):
+            raise ValueError(
+                f"{recipe.name}: the training loss is not finite in epoch "
+                f"{len(history.loss)}. Lower learning_rate_init, raise alpha, or look "
+                "for extreme values in X."
+            )
+        if validate is not None:
+            history.validation.append(validate())
+            if history.validation[-1] > history.best_validation:
+                best = [p.detach().clone() for p in module.parameters()]
+        report(recipe, history, time.perf_counter() - started)
+        if on_epoch(epoch) or has_stalled(recipe, history, validate is not None):
+            break
+    else:
+        if recipe.max_iter > 1:
+            warnings.warn(
+                f"{recipe.name}: max_iter={recipe.max_iter} was reached and the "
+                "training had not converged yet. Raise max_iter or learning_rate_init.",
+                ConvergenceWarning,
+                stacklevel=4,
+            )
+    if best is not None:
+        with torch.no_grad():
+            for p, value in zip(module.parameters(), best, strict=True):
+                p.copy_(value)
+    return epoch + 1
+
+
+def penalize(optimizer: torch.optim.Optimizer, alpha: float, total: Tensor) -> None:
+    """Add the gradient of ``alpha / 2 |W|^2`` per unit of sample weight."""
+    if not alpha:
+        return
+    for group in optimizer.param_groups:
+        if group["decay"]:
+            grads = [p.grad for p in group["params"]]
+            torch._foreach_add_(grads, torch._foreach_mul(group["params"], alpha / total))
+
+
+def has_stalled(recipe: Recipe, history: History, validated: bool) -> bool:
+    """Keep count of epochs without progress; return whether there were too many."""
+    if validated:
+        improved = history.validation[-1] >= history.best_validation + recipe.tol
+        history.best_validation = max(history.best_validation, history.validation[-1])
+    else:
+        improved = history.loss[-1] <= history.best_loss - recipe.tol
+    history.best_loss = min(history.best_loss, history.loss[-1])
+    history.stale = 0 if improved else history.stale + 1
+    stalled = history.stale > recipe.n_iter_no_change
+    if stalled and recipe.verbose:
+        what = "Validation score" if validated else "Training loss"
+        print(
+            f"{what} did not improve more than tol={recipe.tol:f} for "
+            f"{recipe.n_iter_no_change} consecutive epochs. Stopping."
+        )
+    return stalled
+
+
+def report(recipe: Recipe, history: History, seconds: float) -> None:
+    """Print a line."""
+    if not recipe.verbose:
+        return
+    line = (
+        f"epoch {len(history.loss):4d}  loss {history.loss[-1]:.6f}  "
+        f"evaluations {history.nfe[-1]:.1f}"
+    )
+    if history.validation:
+        line += f"  validation score {history.validation[-1]:.4f}"
+    print(f"{line}  {seconds:.2f} s", flush=True)
