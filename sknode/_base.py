@@ -135,7 +135,8 @@ class BaseODEEstimator(CallbackSupportMixin, BaseEstimator):
         """Collect the learning parameters."""
         batch_size = self.batch_size
         if batch_size == "auto":
-            batch_size = min(200, n_samples)
+            # at least eight updates an epoch, but no batches of a few rows
+            batch_size = min(200, max(64, n_samples // 8), n_samples)
         elif batch_size > n_samples:
             warnings.warn(
                 f"batch_size={batch_size} is larger than the number of samples; using "

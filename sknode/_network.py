@@ -67,12 +67,9 @@ class ODENetwork(nn.Module):
         self.field = MLPField(state, hidden_layer_sizes, activation, True)
         self.output_map = nn.Linear(state, n_outputs)
         with torch.no_grad():
-            # Start from the features themselves and a slow flow: the first solves are
-            # short, and what the network learns is how to deviate.
+            # start from the features themselves
             self.input_map.weight.copy_(torch.eye(n_features))
             self.input_map.bias.zero_()
-            self.field.layers[-1].weight.mul_(0.1)
-            self.field.layers[-1].bias.zero_()
 
     def initial_state(self, x: Tensor) -> Tensor:
         """Return the states at t = 0 of (n, n_features) rows in the units of X."""

@@ -70,8 +70,8 @@ class ODENetClassifier(ClassifierMixin, BaseODEEstimator):
         Strength of the L2 penalty on the weights, divided by the weight of a batch as
         in `sklearn.neural_network.MLPClassifier`.
     batch_size : int or "auto", default="auto"
-        Rows of a minibatch; "auto" is ``min(200, n_samples)``.
-    learning_rate_init : float, default=5e-3
+        Rows of a minibatch; "auto" is ``n_samples // 8``, but from 64 to 200.
+    learning_rate_init : float, default=1e-2
         Step size of the training algorithm.
     max_iter : int, default=200
         Largest number of epochs.
@@ -168,7 +168,7 @@ class ODENetClassifier(ClassifierMixin, BaseODEEstimator):
         optimizer="adam",
         alpha=1e-4,
         batch_size="auto",
-        learning_rate_init=5e-3,
+        learning_rate_init=1e-2,
         max_iter=200,
         tol=1e-3,
         n_iter_no_change=10,
@@ -378,7 +378,8 @@ class ODENetClassifier(ClassifierMixin, BaseODEEstimator):
         ndarray of shape (n_samples,)
             Class labels.
         """
-        return self.classes_[self._logits(X).argmax(1).numpy()]
+        winner = self._logits(X).argmax(1).numpy()
+        return self.classes_[winner]
 
     def trajectory(self, X, n_times=50):
         """Follow the hidden state of samples from t = 0 to t = 1.

@@ -1,0 +1,574 @@
+"""ODENetClassifier as its users use it."""
+
+import copy
+import io
+import pickle
+import warnings
+
+import joblib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import sparse
+from sklearn import config_context
+from sklearn.base import clone
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.datasets import load_iris, make_classification, make_moons
+from sklearn.ensemble import AdaBoostClassifier, BaggingClassifier
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
+from sklearn.experimental import enable_halving_search_cv  # noqa: F401
+from sklearn.frozen import FrozenEstimator
+from sklearn.model_selection import (
+    GridSearchCV,
+    HalvingGridSearchCV,
+    cross_val_score,
+)
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from sknode import ODENetClassifier
+from sknode.ode import METHODS, SolverError, SolverWarning
+
+SHORT = {"max_iter": 8, "random_state": 0}
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::sklearn.exceptions.ConvergenceWarning"
+)
+
+
+@pytest.fixture(scope="module")
+def moons():
+    return make_moons(200, noise=0.1, random_state=0)
+
+
+@pytest.fixture(scope="module")
+def fitted(moons):
+    return ODENetClassifier(random_state=0).fit(*moons)
+
+
+# --- learning -----------------------------------------------------------------------
+
+
+def test_learns_a_curved_boundary(moons, fitted):
+    assert fitted.score(*moons) > 0.97
+
+
+def test_string_labels_come_back(moons):
+    X, y = moons
+    labels = np.array(["lower", "upper"])[y]
+    clf = ODENetClassifier(**SHORT).fit(X, labels)
+    assert set(clf.predict(X)) <= {"lower", "upper"}
+    assert clf.score(X, labels) > 0.8
+
+
+@pytest.mark.parametrize("solver", METHODS)
+def test_every_solver_learns(moons, solver):
+    clf = ODENetClassifier(solver=solver, max_iter=30, random_state=0)
+    assert clf.fit(*moons).score(*moons) > 0.85
+
+
+@pytest.mark.parametrize("activation", ["softplus", "silu", "elu", "sigmoid", "relu"])
+def test_every_activation_learns(moons, activation):
+    clf = ODENetClassifier(activation=activation, max_iter=30, random_state=0)
+    assert clf.fit(*moons).score(*moons) > 0.8
+
+
+def test_augmented_dimensions_separate_what_a_flow_cannot():
+    # nested rings: a flow in the plane cannot move the inner one out
+    rng = np.random.default_rng(0)
+    angle = rng.uniform(0, 2 * np.pi, 300)
+    y = rng.integers(0, 2, 300)
+    radius = np.where(y == 1, 2.0, 0.5)
+    X = np.c_[radius * np.cos(angle), radius * np.sin(angle)]
+    clf = ODENetClassifier(augment_dim=2, random_state=0).fit(X, y)
+    assert clf.score(X, y) > 0.98
+    assert clf.trajectory(X[:3], n_times=5).shape == (3, 5, 4)
+
+
+def test_gradients_through_the_adjoint_and_through_backpropagation_train_alike(moons):
+    one = ODENetClassifier(**SHORT).fit(*moons)
+    two = ODENetClassifier(gradient="backprop", **SHORT).fit(*moons)
+    np.testing.assert_allclose(one.loss_curve_, two.loss_curve_, rtol=1e-6)
+
+
+# --- fitted attributes and methods --------------------------------------------------
+
+
+def test_curves_have_an_entry_an_epoch(fitted):
+    assert len(fitted.loss_curve_) == len(fitted.nfe_curve_) == fitted.n_iter_
+    assert fitted.loss_ == fitted.loss_curve_[-1] < fitted.loss_curve_[0]
+    # dopri5: two evaluations to start and six a step
+    assert min(fitted.nfe_curve_) >= 8
+    assert fitted.validation_scores_ is None
+
+
+def test_outputs_are_consistent(moons, fitted):
+    X, _ = moons
+    proba = fitted.predict_proba(X)
+    np.testing.assert_allclose(proba.sum(1), 1.0)
+    np.testing.assert_allclose(fitted.predict_log_proba(X), np.log(proba))
+    decision = fitted.decision_function(X)
+    assert decision.shape == (200,)
+    np.testing.assert_allclose(decision, np.log(proba[:, 1] / proba[:, 0]))
+    np.testing.assert_array_equal(fitted.predict(X), (decision > 0).astype(int))
+
+
+def test_trajectory_starts_at_the_mapped_features_and_ends_where_predict_reads(
+    moons, fitted
+):
+    X, _ = moons
+    path = fitted.trajectory(X, n_times=20)
+    assert path.shape == (200, 20, 2)
+    with torch.no_grad():
+        start = fitted.module_.initial_state(torch.from_numpy(X))
+        logits = fitted.module_.output_map(torch.from_numpy(path[:, -1]))
+    np.testing.assert_allclose(path[:, 0], start, rtol=1e-12)
+    decision = (logits[:, 1] - logits[:, 0]).numpy()
+    np.testing.assert_allclose(decision, fitted.decision_function(X), rtol=1e-12)
+
+
+def test_a_prediction_has_the_same_bits_in_whatever_company(moons, fitted):
+    X, _ = moons
+    whole = fitted.decision_function(X)
+    for n in (1, 2, 7, 33, 150):
+        np.testing.assert_array_equal(fitted.decision_function(X[:n]), whole[:n])
+    order = np.random.default_rng(0).permutation(len(X))
+    np.testing.assert_array_equal(fitted.decision_function(X[order]), whole[order])
+
+
+def test_solver_settings_are_read_when_predicting(moons, fitted):
+    X, _ = moons
+    exact = clone(fitted)  # clone forgets the fit: keep a copy instead
+    exact = copy.deepcopy(fitted).set_params(rtol=1e-10, atol=1e-10)
+    other = copy.deepcopy(fitted).set_params(solver="dopri8", rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(
+        exact.decision_function(X), other.decision_function(X), rtol=1e-7, atol=1e-9
+    )
+    assert np.abs(exact.decision_function(X) - fitted.decision_function(X)).max() > 1e-8
+
+
+# --- reproducibility ----------------------------------------------------------------
+
+
+def test_same_seed_same_model(moons):
+    one, two = (ODENetClassifier(**SHORT).fit(*moons) for _ in range(2))
+    np.testing.assert_array_equal(
+        one.decision_function(moons[0]), two.decision_function(moons[0])
+    )
+
+
+def test_global_random_states_are_left_alone(moons):
+    torch.manual_seed(7)
+    np.random.seed(7)
+    expected = torch.rand(1), np.random.rand()
+    torch.manual_seed(7)
+    np.random.seed(7)
+    ODENetClassifier(early_stopping=True, **SHORT).fit(*moons).predict(moons[0])
+    assert (torch.rand(1), np.random.rand()) == expected
+
+
+def test_parallel_searches_find_what_serial_ones_do(moons):
+    scores = [
+        cross_val_score(ODENetClassifier(**SHORT), *moons, cv=2, n_jobs=n)
+        for n in (None, 2)
+    ]
+    np.testing.assert_array_equal(*scores)
+
+
+# --- weights ------------------------------------------------------------------------
+
+
+def test_weight_one_is_no_weight(moons):
+    X, y = moons
+    one = ODENetClassifier(**SHORT).fit(X, y)
+    two = ODENetClassifier(**SHORT).fit(X, y, sample_weight=np.ones(len(y)))
+    np.testing.assert_array_equal(one.decision_function(X), two.decision_function(X))
+
+
+def test_rows_without_weight_are_as_good_as_absent(moons):
+    X, y = moons
+    weight = np.ones(len(y))
+    weight[50:] = 0
+    one = ODENetClassifier(**SHORT).fit(X, y, sample_weight=weight)
+    two = ODENetClassifier(**SHORT).fit(X[:50], y[:50])
+    np.testing.assert_array_equal(one.decision_function(X), two.decision_function(X))
+
+
+@pytest.mark.parametrize("weights", ["balanced", {0: 1.0, 1: 5.0}])
+def test_class_weights_are_sample_weights(weights):
+    X, y = make_classification(60, weights=[0.8], random_state=0)
+    counts = np.bincount(y)
+    factors = {0: 1.0, 1: 5.0}
+    if weights == "balanced":
+        factors = dict(enumerate(len(y) / (2 * counts)))
+    by_class = ODENetClassifier(class_weight=weights, **SHORT).fit(X, y)
+    sample_weight = np.array([factors[label] for label in y])
+    by_sample = ODENetClassifier(**SHORT).fit(X, y, sample_weight=sample_weight)
+    np.testing.assert_allclose(
+        by_class.decision_function(X), by_sample.decision_function(X), rtol=1e-9
+    )
+
+
+# --- stopping, continuing -----------------------------------------------------------
+
+
+def test_early_stopping_restores_the_best_weights(moons):
+    X, y = moons
+    clf = ODENetClassifier(early_stopping=True, max_iter=60, random_state=0)
+    clf.fit(X[:150], y[:150], X_val=X[150:], y_val=y[150:])
+    assert len(clf.validation_scores_) == clf.n_iter_
+    assert clf.best_validation_score_ == max(clf.validation_scores_)
+    assert clf.score(X[150:], y[150:]) == clf.best_validation_score_
+
+
+def test_early_stopping_holds_out_a_part_by_itself(moons):
+    clf = ODENetClassifier(early_stopping=True, max_iter=60, random_state=0)
+    clf.fit(*moons)
+    # twenty samples were held out: scores are multiples of a twentieth
+    np.testing.assert_allclose(np.array(clf.validation_scores_) * 20 % 1, 0, atol=1e-9)
+
+
+def test_training_stops_when_the_loss_does_not_fall(moons):
+    clf = ODENetClassifier(tol=10.0, n_iter_no_change=3, random_state=0).fit(*moons)
+    assert clf.n_iter_ == 5  # the first counts as progress, then more than three
+
+
+@pytest.mark.filterwarnings("default")
+def test_reaching_max_iter_warns(moons):
+    with pytest.warns(ConvergenceWarning, match="max_iter=3"):
+        ODENetClassifier(max_iter=3).fit(*moons)
+
+
+def test_warm_start_goes_on_with_the_optimizer(moons):
+    X, y = moons
+    # one batch, so that the order of rows does not matter
+    settings = {"batch_size": 200, "tol": 0.0, "random_state": 0}
+    once = ODENetClassifier(max_iter=12, **settings).fit(X, y)
+    twice = ODENetClassifier(max_iter=6, warm_start=True, **settings).fit(X, y)
+    pickled = pickle.loads(pickle.dumps(twice)).fit(X, y)
+    twice.fit(X, y)
+    expected = once.decision_function(X)
+    np.testing.assert_allclose(twice.decision_function(X), expected, rtol=1e-9)
+    np.testing.assert_allclose(pickled.decision_function(X), expected, rtol=1e-9)
+
+
+def test_partial_fit_learns(moons):
+    X, y = moons
+    clf = ODENetClassifier(random_state=0)
+    for _ in range(40):
+        clf.partial_fit(X, y, classes=[0, 1])
+    assert clf.n_iter_ == len(clf.loss_curve_) == 40
+    assert clf.score(X, y) > 0.9
+
+
+def test_partial_fit_knows_classes_that_come_later(moons):
+    X, y = moons
+    clf = ODENetClassifier(random_state=0)
+    clf.partial_fit(X[y == 0], y[y == 0], classes=[0, 1])
+    clf.partial_fit(X, y)
+    assert clf.predict_proba(X).shape == (200, 2)
+
+
+def test_partial_fit_refuses_what_it_cannot_do(moons):
+    X, y = moons
+    with pytest.raises(ValueError, match="classes must be passed"):
+        ODENetClassifier().partial_fit(X, y)
+    with pytest.raises(ValueError, match="early_stopping"):
+        ODENetClassifier(early_stopping=True).partial_fit(X, y, classes=[0, 1])
+    with pytest.raises(ValueError, match="balanced"):
+        ODENetClassifier(class_weight="balanced").partial_fit(X, y, classes=[0, 1])
+    clf = ODENetClassifier().partial_fit(X, y, classes=[0, 1])
+    with pytest.raises(ValueError, match="not seen before"):
+        clf.partial_fit(X, y + 1)
+
+
+def test_verbose_prints_a_line_an_epoch(moons, capsys):
+    ODENetClassifier(verbose=True, **SHORT).fit(*moons)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8
+    assert all("loss" in line and "evaluations" in line for line in lines)
+
+
+def test_scikit_learn_callbacks_see_epochs_and_can_stop(moons):
+    pytest.importorskip("sklearn.callback", reason="callbacks came with 1.9")
+
+    class StopAfter:
+        def __init__(self, n):
+            self.n, self.seen, self.losses = n, 0, []
+
+        def setup(self, estimator, context):
+            pass
+
+        def teardown(self, estimator, context):
+            pass
+
+        def on_fit_task_begin(self, estimator, context):
+            pass
+
+        def on_fit_task_end(self, estimator, context, *, metadata, fitted_estimator):
+            if context.task_name != "epoch":
+                return False
+            self.seen += 1
+            self.losses.append(metadata["loss"])
+            assert fitted_estimator.predict(moons[0]).shape == (200,)
+            return self.seen >= self.n
+
+    callback = StopAfter(4)
+    clf = ODENetClassifier(random_state=0).set_callbacks(callback).fit(*moons)
+    assert clf.n_iter_ == callback.seen == 4
+    assert callback.losses == clf.loss_curve_
+
+
+# --- input --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_precision_follows_the_data(moons, dtype):
+    X, y = moons
+    clf = ODENetClassifier(**SHORT).fit(X.astype(dtype), y)
+    assert clf.predict_proba(X).dtype == dtype
+    assert next(clf.module_.parameters()).dtype == getattr(torch, dtype)
+
+
+def test_precision_can_be_chosen(moons):
+    clf = ODENetClassifier(dtype="float32", **SHORT).fit(*moons)
+    assert clf.predict_proba(moons[0]).dtype == np.float32
+
+
+def test_data_frames_bring_feature_names():
+    X, y = load_iris(return_X_y=True, as_frame=True)
+    clf = ODENetClassifier(**SHORT).fit(X, y)
+    assert list(clf.feature_names_in_) == list(X.columns)
+    with pytest.raises(ValueError, match="feature names"):
+        clf.predict(X[X.columns[::-1]])
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_units_and_offsets_do_not_matter(moons, scale):
+    X, y = moons
+    one = ODENetClassifier(**SHORT).fit(X, y)
+    two = ODENetClassifier(**SHORT).fit(X * scale + 3 * scale, y)
+    np.testing.assert_allclose(
+        one.decision_function(X),
+        two.decision_function(X * scale + 3 * scale),
+        rtol=1e-5,
+        atol=1e-7,
+    )
+
+
+def test_constant_columns_do_no_harm(moons):
+    X, y = moons
+    X = np.c_[X, np.full(len(y), 0.1), np.zeros(len(y))]
+    assert ODENetClassifier(max_iter=40, random_state=0).fit(X, y).score(X, y) > 0.85
+
+
+@pytest.mark.parametrize(
+    ("parameters", "name"),
+    [
+        ({"solver": "adam"}, "solver"),
+        ({"activation": "identity"}, "activation"),
+        ({"rtol": -1e-3}, "rtol"),
+        ({"rtol": 0}, "rtol"),
+        ({"atol": -1e-3}, "atol"),
+        ({"max_steps": 0}, "max_steps"),
+        ({"gradient": "magic"}, "gradient"),
+        ({"hidden_layer_sizes": (0,)}, "hidden_layer_sizes"),
+        ({"hidden_layer_sizes": ()}, "hidden_layer_sizes"),
+        ({"hidden_layer_sizes": (2.5,)}, "hidden_layer_sizes"),
+        ({"learning_rate_init": 0}, "learning_rate_init"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"augment_dim": -1}, "augment_dim"),
+        ({"device": "abacus"}, "device"),
+        ({"dtype": "float16"}, "dtype"),
+        ({"class_weight": {"a": 1.0}}, "class_weight"),
+    ],
+)
+def test_bad_parameters_are_named(moons, parameters, name):
+    with pytest.raises(ValueError, match=name):
+        ODENetClassifier(**parameters).fit(*moons)
+
+
+def test_bad_data_is_refused(moons):
+    X, y = moons
+    clf = ODENetClassifier(**SHORT)
+    for bad in (np.nan, np.inf):
+        holed = X.copy()
+        holed[3, 1] = bad
+        with pytest.raises(ValueError, match="NaN|infinity"):
+            clf.fit(holed, y)
+    with pytest.raises(ValueError, match="Complex data"):
+        clf.fit(X + 1j, y)
+    with pytest.raises(TypeError, match="TruncatedSVD"):
+        clf.fit(sparse.csr_matrix(X), y)
+    with pytest.raises(ValueError, match="could not convert"):
+        clf.fit(X.astype(object) + "a" if False else np.full(X.shape, "a", object), y)
+    with pytest.raises(ValueError, match="one class"):
+        clf.fit(X, np.zeros(len(y)))
+    with pytest.raises(ValueError, match="inconsistent numbers"):
+        clf.fit(X, y[:-1])
+    with pytest.raises(ValueError, match="negative"):
+        clf.fit(X, y, sample_weight=-np.ones(len(y)))
+    with pytest.raises(ValueError, match="y_val"):
+        clf.fit(X, y, X_val=X)
+    with pytest.raises(NotFittedError):
+        ODENetClassifier().predict(X)
+    with pytest.raises(ValueError, match="n_times"):
+        clf.fit(X, y).trajectory(X, n_times=1)
+
+
+def test_a_tolerance_below_the_precision_is_raised_with_a_warning(moons):
+    X, y = moons
+    clf = ODENetClassifier(rtol=1e-9, max_iter=2)
+    with pytest.warns(UserWarning, match="rtol=1e-09 is below"):
+        clf.fit(X.astype("float32"), y)
+
+
+def test_running_out_of_steps_in_fit_names_the_setting(moons):
+    with pytest.raises(SolverError, match="max_steps"):
+        ODENetClassifier(max_steps=1, rtol=1e-8, atol=1e-8).fit(*moons)
+    # so that a search can go on
+    search = GridSearchCV(
+        ODENetClassifier(rtol=1e-6, **SHORT), {"max_steps": [1, 1000]}, cv=2
+    )
+    with pytest.warns(UserWarning):
+        search.fit(*moons)
+    assert search.best_params_ == {"max_steps": 1000}
+
+
+def test_running_out_of_steps_in_predict_warns_and_keeps_the_other_rows(fitted, moons):
+    X, _ = moons
+    clf = copy.deepcopy(fitted)
+    expected = clf.decision_function(X)
+    X = np.r_[X, [[1e3, -1e3]]]
+    # tanh saturates: the far row moves at constant speed and needs many steps only
+    # because they are relative to nothing here
+    clf.set_params(max_steps=1)
+    with pytest.warns(SolverWarning, match="max_steps"):
+        clf.decision_function(X)
+    clf.set_params(max_steps=1000)
+    np.testing.assert_array_equal(clf.decision_function(X)[:-1], expected)
+
+
+# --- persistence --------------------------------------------------------------------
+
+
+def roundtrip_skops(clf):
+    skops = pytest.importorskip("skops.io")
+    data = skops.dumps(clf)
+    untrusted = skops.get_untrusted_types(data=data)
+    assert all(name.startswith("sknode.") for name in untrusted)
+    return skops.loads(data, trusted=untrusted)
+
+
+def roundtrip_joblib(clf):
+    buffer = io.BytesIO()
+    joblib.dump(clf, buffer)
+    buffer.seek(0)
+    return joblib.load(buffer)
+
+
+@pytest.mark.parametrize(
+    "roundtrip",
+    [
+        lambda clf: pickle.loads(pickle.dumps(clf)),
+        roundtrip_joblib,
+        roundtrip_skops,
+        copy.deepcopy,
+    ],
+    ids=["pickle", "joblib", "skops", "deepcopy"],
+)
+def test_survives(roundtrip, fitted, moons):
+    again = roundtrip(fitted)
+    np.testing.assert_array_equal(
+        again.decision_function(moons[0]), fitted.decision_function(moons[0])
+    )
+    assert joblib.hash(again) == joblib.hash(fitted)
+
+
+def test_pickles_hold_no_tensors(fitted):
+    assert b"torch" not in pickle.dumps(fitted)
+
+
+# --- meta-estimators ----------------------------------------------------------------
+
+
+def test_grid_search_over_solver_tolerance_and_size(moons):
+    pipeline = Pipeline(
+        [("scale", StandardScaler()), ("net", ODENetClassifier(**SHORT))]
+    )
+    grid = {
+        "net__rtol": [1e-2, 1e-4],
+        "net__solver": ["tsit5", "rk4"],
+        "net__hidden_layer_sizes": [(8,), (16, 16)],
+    }
+    search = GridSearchCV(pipeline, grid, cv=2, n_jobs=2).fit(*moons)
+    assert len(search.cv_results_["params"]) == 8
+    assert search.best_score_ > 0.8
+
+
+def test_successive_halving_over_epochs(moons):
+    search = HalvingGridSearchCV(
+        ODENetClassifier(random_state=0),
+        {"hidden_layer_sizes": [(8,), (16,), (32,)]},
+        resource="max_iter",
+        min_resources=2,
+        max_resources=18,
+        cv=2,
+        random_state=0,
+    )
+    assert search.fit(*moons).best_score_ > 0.8
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        lambda clf: CalibratedClassifierCV(clf, cv=2),
+        lambda clf: AdaBoostClassifier(clf, n_estimators=2, random_state=0),
+        lambda clf: BaggingClassifier(clf, n_estimators=2, random_state=0),
+    ],
+    ids=["CalibratedClassifierCV", "AdaBoostClassifier", "BaggingClassifier"],
+)
+def test_works_inside(meta, moons):
+    model = meta(ODENetClassifier(**SHORT)).fit(*moons)
+    assert model.score(*moons) > 0.8
+
+
+def test_works_frozen(fitted, moons):
+    calibrated = CalibratedClassifierCV(FrozenEstimator(fitted)).fit(*moons)
+    assert calibrated.score(*moons) > 0.95
+
+
+def test_validation_data_and_weights_are_routed(moons):
+    X, y = moons
+    with config_context(enable_metadata_routing=True):
+        clf = ODENetClassifier(**SHORT).set_fit_request(
+            sample_weight=True, X_val=True, y_val=True
+        )
+        pipeline = Pipeline(
+            [("scale", StandardScaler().set_fit_request(sample_weight=True)), ("net", clf)],
+            transform_input=["X_val"],
+        )
+        pipeline.fit(
+            X[:150],
+            y[:150],
+            sample_weight=np.ones(150),
+            X_val=X[150:],
+            y_val=y[150:],
+        )
+    assert len(pipeline["net"].validation_scores_) == 8
+    score = pipeline.score(X[150:], y[150:])
+    assert score == pipeline["net"].best_validation_score_
+
+
+def test_output_of_a_pipeline_can_be_pandas(moons):
+    X = pd.DataFrame(moons[0], columns=["one", "two"])
+    model = make_pipeline(StandardScaler(), ODENetClassifier(**SHORT))
+    model.set_output(transform="pandas").fit(X, moons[1])
+    assert list(model[-1].feature_names_in_) == ["one", "two"]
+
+
+def test_nothing_warns_in_ordinary_use(moons):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ODENetClassifier(random_state=0).fit(*moons).predict_proba(moons[0])
