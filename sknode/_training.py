@@ -40,6 +40,7 @@ class History:
     best_loss: float = math.inf
     best_validation: float = -math.inf
     stale: int = 0  # epochs without progress
+    anneal: int = 0  # epochs since progress ended, in which the learning rate falls
 
 
 def make_optimizer(module: nn.Module, recipe: Recipe, state: dict | None = None):
@@ -101,8 +102,10 @@ def train(
         Continued.
     validate : callable, optional
         Returns a score of the module as it is, larger is better. With it, training
-        stops when the score no longer improves and the best weights are restored;
-        without, when the loss no longer does.
+        ends when the score no longer improves and the best weights are restored;
+        without, when the loss no longer does. Either way it ends with
+        ``n_iter_no_change`` epochs in which the learning rate falls to zero: they take
+        the noise of the minibatches out of the weights.
     on_epoch : callable
         Called with the epoch; returns True to stop.
     """
@@ -138,11 +141,14 @@ def train(
             )
         if validate is not None:
             history.validation.append(validate())
-            if history.validation[-1] > history.best_validation:
+            if history.validation[-1] >= max(history.validation):
                 best = [p.detach().clone() for p in module.parameters()]
         report(recipe, history, time.perf_counter() - started)
-        if on_epoch(epoch) or has_stalled(recipe, history, validate is not None):
+        if on_epoch(epoch) or has_finished(recipe, history, validate is not None):
             break
+        for group in optimizer.param_groups:
+            share = history.anneal / (recipe.n_iter_no_change + 1)
+            group["lr"] = recipe.learning_rate * (1 - share)
     else:
         if recipe.max_iter > 1:
             warnings.warn(
@@ -168,8 +174,11 @@ def penalize(optimizer: torch.optim.Optimizer, alpha: float, total: Tensor) -> N
             torch._foreach_add_(grads, torch._foreach_mul(group["params"], alpha / total))
 
 
-def has_stalled(recipe: Recipe, history: History, validated: bool) -> bool:
-    """Keep count of epochs without progress; return whether there were too many."""
+def has_finished(recipe: Recipe, history: History, validated: bool) -> bool:
+    """Keep count of epochs without progress; return whether training is over."""
+    if history.anneal:
+        history.anneal += 1
+        return history.anneal > recipe.n_iter_no_change
     if validated:
         improved = history.validation[-1] >= history.best_validation + recipe.tol
         history.best_validation = max(history.best_validation, history.validation[-1])
@@ -177,14 +186,16 @@ def has_stalled(recipe: Recipe, history: History, validated: bool) -> bool:
         improved = history.loss[-1] <= history.best_loss - recipe.tol
     history.best_loss = min(history.best_loss, history.loss[-1])
     history.stale = 0 if improved else history.stale + 1
-    stalled = history.stale > recipe.n_iter_no_change
-    if stalled and recipe.verbose:
-        what = "Validation score" if validated else "Training loss"
-        print(
-            f"{what} did not improve more than tol={recipe.tol:f} for "
-            f"{recipe.n_iter_no_change} consecutive epochs. Stopping."
-        )
-    return stalled
+    if history.stale > recipe.n_iter_no_change:
+        history.anneal = 1
+        if recipe.verbose:
+            what = "Validation score" if validated else "Training loss"
+            print(
+                f"{what} did not improve more than tol={recipe.tol:f} for "
+                f"{recipe.n_iter_no_change} consecutive epochs. Ending with a falling "
+                "learning rate."
+            )
+    return False
 
 
 def report(recipe: Recipe, history: History, seconds: float) -> None:

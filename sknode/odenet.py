@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from numbers import Integral
+from numbers import Integral, Real
 
 import numpy as np
 import torch
@@ -49,6 +49,11 @@ class ODENetClassifier(ClassifierMixin, BaseODEEstimator):
     class_weight : dict, "balanced" or None, default=None
         Weights of the classes. "balanced" is inversely proportional to their
         frequencies.
+    label_smoothing : float, default=0.1
+        Share of every label that is spread over all classes. Training then ends at
+        finite margins instead of pushing them up for ever, which generalises better;
+        probabilities stay about ``label_smoothing / n_classes`` away from 0. Use 0 for
+        the plain log-loss.
     solver : {"dopri5", "tsit5", "bosh3", "dopri8", "heun", "rk4", "midpoint", "euler"}, \
             default="dopri5"
         ODE solver. The last three take constant steps of length ``step_size``, the
@@ -77,8 +82,9 @@ class ODENetClassifier(ClassifierMixin, BaseODEEstimator):
         Largest number of epochs.
     tol : float, default=1e-3
         What the loss (or the validation score) has to gain to count as progress.
-    n_iter_no_change : int, default=10
-        Stop after so many epochs without progress.
+    n_iter_no_change : int, default=6
+        After so many epochs without progress training ends, with as many epochs more
+        in which the learning rate falls to zero.
     early_stopping : bool, default=False
         Whether to hold out ``validation_fraction`` of the data, stop by the score on it
         and restore the best weights. Implied by passing ``X_val`` to ``fit``.
@@ -106,7 +112,7 @@ class ODENetClassifier(ClassifierMixin, BaseODEEstimator):
     n_iter_ : int
         Number of epochs of the last ``fit``.
     loss_ : float
-        Training loss (log-loss) of the last epoch.
+        Training loss (log-loss of the smoothed labels) of the last epoch.
     loss_curve_ : list of float
         Training loss, an entry an epoch.
     validation_scores_ : list of float or None
@@ -150,6 +156,7 @@ class ODENetClassifier(ClassifierMixin, BaseODEEstimator):
         **SHARED_CONSTRAINTS,
         "augment_dim": [Interval(Integral, 0, None, closed="left")],
         "class_weight": [dict, StrOptions({"balanced"}), None],
+        "label_smoothing": [Interval(Real, 0, 1, closed="left")],
     }
 
     def __init__(
@@ -159,6 +166,7 @@ class ODENetClassifier(ClassifierMixin, BaseODEEstimator):
         *,
         augment_dim=0,
         class_weight=None,
+        label_smoothing=0.1,
         solver="dopri5",
         rtol=1e-3,
         atol=1e-3,
@@ -171,7 +179,7 @@ class ODENetClassifier(ClassifierMixin, BaseODEEstimator):
         learning_rate_init=1e-2,
         max_iter=200,
         tol=1e-3,
-        n_iter_no_change=10,
+        n_iter_no_change=6,
         early_stopping=False,
         validation_fraction=0.1,
         warm_start=False,
@@ -184,6 +192,7 @@ class ODENetClassifier(ClassifierMixin, BaseODEEstimator):
         self.activation = activation
         self.augment_dim = augment_dim
         self.class_weight = class_weight
+        self.label_smoothing = label_smoothing
         self.solver = solver
         self.rtol = rtol
         self.atol = atol
@@ -520,7 +529,11 @@ class ODENetClassifier(ClassifierMixin, BaseODEEstimator):
 
         def objective(x, target):
             logits, nfe = module(x, settings)
-            return F.cross_entropy(logits, target, reduction="none"), nfe
+            smoothing = float(self.label_smoothing)
+            losses = F.cross_entropy(
+                logits, target, reduction="none", label_smoothing=smoothing
+            )
+            return losses, nfe
 
         validate = None
         if validation is not None:

@@ -1,0 +1,30 @@
+"""The README's examples run as printed, and its commands name files that exist."""
+
+import re
+import warnings
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_examples_run(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(blocks) == 3
+    names = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for block in blocks:
+            assert len(block.strip().splitlines()) <= 11
+            exec(compile(block, "README.md", "exec"), names)
+    assert names["search"].best_score_ > 0.93
+    assert names["net"].score(names["X"], names["y"]) > 0.95
+    assert capsys.readouterr().out
+
+
+def test_links_and_commands_lead_somewhere():
+    targets = re.findall(r"\]\((?!http)([^)]+)\)", README)
+    targets += re.findall(r"(?:tests|examples)/[\w/.]+[\w/]", README)
+    assert targets
+    for target in targets:
+        assert (ROOT / target).exists(), target
