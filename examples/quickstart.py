@@ -31,7 +31,9 @@ def main():
     # MLPClassifier reaches its default max_iter on some folds, which is its business.
     warnings.simplefilter("ignore", ConvergenceWarning)
     X, y = load_digits(return_X_y=True)
-    print(f"Digits: {X.shape[0]} images of {X.shape[1]} pixels, {len(set(y))} classes\n")
+    print(
+        f"Digits: {X.shape[0]} images of {X.shape[1]} pixels, {len(set(y))} classes\n"
+    )
 
     print("1. Fit on 80 %, test on 20 %")
     X_train, X_test, y_train, y_test = train_test_split(

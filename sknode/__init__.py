@@ -4,7 +4,24 @@
 and can be used alone.
 """
 
-from sknode._version import __version__
-from sknode.odenet import ODENetClassifier
+from importlib import import_module
 
-__all__ = ["ODENetClassifier", "__version__"]
+from sknode._version import __version__
+
+__all__ = ["ODENetClassifier", "__version__", "fields", "ode"]
+
+# Loaded when first asked for: a torch user who wants the solver does not wait for
+# scikit-learn, and importing the package costs next to nothing.
+_HOME = {"ODENetClassifier": "sknode.odenet"}
+
+
+def __getattr__(name):
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    if name in ("ode", "fields"):
+        return import_module(f"sknode.{name}")
+    raise AttributeError(f"module 'sknode' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted(__all__)

@@ -171,7 +171,9 @@ def penalize(optimizer: torch.optim.Optimizer, alpha: float, total: Tensor) -> N
     for group in optimizer.param_groups:
         if group["decay"]:
             grads = [p.grad for p in group["params"]]
-            torch._foreach_add_(grads, torch._foreach_mul(group["params"], alpha / total))
+            torch._foreach_add_(
+                grads, torch._foreach_mul(group["params"], alpha / total)
+            )
 
 
 def has_finished(recipe: Recipe, history: History, validated: bool) -> bool:

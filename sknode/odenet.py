@@ -652,4 +652,3 @@ class ODENetClassifier(ClassifierMixin, BaseODEEstimator):
 
     def __sklearn_is_fitted__(self):
         return hasattr(self, "module_")
-

@@ -15,7 +15,7 @@ Time runs upwards inside the loop, whatever the direction of the interval: ``t``
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch

@@ -162,10 +162,19 @@ def dense_values(
     Tensor of shape (m, n)
     """
     p = tableau.tensors(y.dtype, y.device).dense  # (stages, degree)
-    x = powers(theta, p.shape[1])  # (m, degree + 1)
-    polynomial = torch.cat([y[None], (p.t() @ k.view(len(k), -1)).view(-1, *y.shape)])
-    if y.shape[0] == 1:
-        return x @ polynomial[:, 0]
+    degree = p.shape[1]
+    # one product a coefficient, then Horner's rule: unlike one large product, these
+    # round the same way however many lanes there are
+    flat = k.view(k.shape[0], -1).t()
+    polynomial = torch.stack([torch.mv(flat, p[:, i]) for i in range(degree)])
     # lanes first, so that gathering a lane reads one contiguous block
-    gathered = polynomial.transpose(0, 1).contiguous()[lanes]  # (m, degree + 1, n)
-    return (x[:, :, None] * gathered).sum(1)
+    polynomial = polynomial.view(degree, *y.shape).transpose(0, 1)
+    x = theta[:, None]
+    if y.shape[0] == 1:
+        coefficients, start = polynomial, y
+    else:
+        coefficients, start = polynomial.contiguous()[lanes], y[lanes]
+    value = coefficients[:, -1]
+    for i in reversed(range(degree - 1)):
+        value = torch.addcmul(coefficients[:, i], value, x)
+    return torch.addcmul(start, value, x)

@@ -13,7 +13,7 @@ slope, and it lets one loop and one cubic Hermite interpolant serve all of them.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import torch
@@ -371,7 +371,7 @@ _BUILDERS = {
 METHODS = tuple(_BUILDERS)
 
 
-@lru_cache(maxsize=None)
+@cache
 def get_tableau(method: str) -> Tableau:
     """Return the tableau of a method by name.
 

@@ -10,14 +10,14 @@ from sknode.ode.tableaus import get_tableau
 # steps per interval: small enough for the leading term of the error, large enough
 # for the error to stay far above rounding
 N_STEPS = {
-    "euler": (400, 600, 900, 1350),
-    "midpoint": (120, 180, 270, 400),
-    "heun": (120, 180, 270, 400),
-    "bosh3": (80, 120, 180, 270),
-    "rk4": (60, 90, 135, 200),
-    "dopri5": (40, 60, 90, 135),
-    "tsit5": (40, 60, 90, 135),
-    "dopri8": (14, 18, 24, 32),
+    "euler": (400, 800, 1600),
+    "midpoint": (160, 240, 360),
+    "heun": (160, 240, 360),
+    "bosh3": (160, 240, 360),
+    "rk4": (120, 180, 270),
+    "dopri5": (225, 340, 500, 750),
+    "tsit5": (225, 340, 500, 750),
+    "dopri8": (30, 36, 44, 54),
 }
 INSIDE = np.array([0.11, 0.28, 0.5, 0.69, 0.86])
 
@@ -27,45 +27,63 @@ def slope(steps, errors):
     return np.polyfit(np.log(steps), np.log(errors), 1)[0]
 
 
-def errors_at(problem, method, n, places, **settings):
-    """Take n constant steps; return the largest error at these places in them."""
-    h = (problem.t1 - problem.t0) / n
-    inner = problem.t0 + h * (np.arange(n)[:, None] + places).ravel()
-    # several places, because at a single one the leading term may happen to vanish
-    t = torch.tensor([problem.t0, *inner, problem.t1], dtype=torch.float64)
-    solution = solve_ode(
-        problem.f, problem.y0(), t, method=method, step_size=h, **settings
-    )
-    return h, (solution.y[0, 1:-1] - problem.exact(t[1:-1])).abs().max().item()
+def error_of_steps(problem, f, method, n):
+    """Take n constant steps; return the error at the end, over all rows."""
+    t = problem.times([0, problem.length])
+    h = problem.length / n
+    solution = solve_ode(f, problem.y0, t, method=method, step_size=h)
+    error = solution.y[:, -1] - problem.exact(t)[:, -1]
+    return error.square().mean().sqrt().item()
 
 
-@pytest.mark.parametrize("step_control", ["per_sample", "shared"])
-@pytest.mark.parametrize("method", METHODS)
-def test_error_of_steps_has_the_order_of_the_method(method, step_control, coupled):
-    points = [
-        errors_at(coupled, method, n, np.ones(1), step_control=step_control)
-        for n in N_STEPS[method]
-    ]
-    steps, errors = zip(*points, strict=True)
-    assert slope(steps, errors) == pytest.approx(get_tableau(method).order, abs=0.15)
+def error_inside_steps(problem, f, method, n):
+    """Take n constant steps; return the largest error inside some, over all rows."""
+    h = problem.length / n
+    some = np.linspace(0, n - 1, 10).round()
+    inside = h * (some[:, None] + INSIDE).ravel()
+    t = problem.times([0, *inside, problem.length])
+    solution = solve_ode(f, problem.y0, t, method=method, step_size=h)
+    error = (solution.y - problem.exact(t))[:, 1:-1].abs().amax((1, 2))
+    return error.square().mean().sqrt().item()
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_error_inside_steps_has_the_order_of_the_dense_output(method, coupled):
-    points = [errors_at(coupled, method, n, INSIDE) for n in N_STEPS[method]]
-    steps, errors = zip(*points, strict=True)
+def test_error_of_steps_has_the_order_of_the_method(method, swirl):
+    counts = N_STEPS[method]
+    errors = [error_of_steps(swirl, swirl.f, method, n) for n in counts]
+    order = get_tableau(method).order
+    assert -slope(counts, errors) == pytest.approx(order, abs=0.15)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_error_inside_steps_has_the_order_of_the_dense_output(method, swirl):
+    counts = N_STEPS[method]
+    errors = [error_inside_steps(swirl, swirl.f, method, n) for n in counts]
     order = get_tableau(method).dense_order
-    assert slope(steps, errors) == pytest.approx(order, abs=0.15)
+    assert -slope(counts, errors) == pytest.approx(order, abs=0.15)
 
 
-def test_order_is_seen_to_drop_when_stages_get_the_wrong_time(coupled):
-    # the test above can tell: a field that ignores where in the step it is called
-    # is what a code with wrong nodes would integrate
-    def frozen(t, y):
-        return coupled.f(torch.floor(t * 50) / 50, y)
+def test_order_drops_when_stages_get_the_wrong_time(swirl):
+    # what the tests above can tell: this field is as if a method had wrong nodes
+    def late(t, y):
+        return swirl.f(t + 0.01, y)
 
-    good = [errors_at(coupled, "rk4", n, np.ones(1)) for n in (25, 50)]
-    wrong = type(coupled)(frozen, coupled.exact, coupled.t0, coupled.t1)
-    bad = [errors_at(wrong, "rk4", n, np.ones(1)) for n in (25, 50)]
-    assert slope(*zip(*good, strict=True)) > 3.5
-    assert slope(*zip(*bad, strict=True)) < 2
+    errors = [error_of_steps(swirl, late, "rk4", n) for n in (120, 180, 270)]
+    assert -slope((120, 180, 270), errors) < 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_shared_control_takes_the_same_constant_steps(method, coupled):
+    def solve(step_control):
+        return solve_ode(
+            coupled.f,
+            coupled.y0(),
+            torch.linspace(coupled.t0, coupled.t1, 7, dtype=torch.float64),
+            method=method,
+            step_size=0.07,
+            step_control=step_control,
+        )
+
+    torch.testing.assert_close(
+        solve("shared").y, solve("per_sample").y, rtol=1e-14, atol=1e-14
+    )

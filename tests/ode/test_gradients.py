@@ -1,0 +1,231 @@
+"""The discrete adjoint: exact, complete, frugal, and like any torch operation."""
+
+import pytest
+import torch
+
+from sknode.fields import MLPField
+from sknode.ode import METHODS, SolverWarning, solve_ode
+
+FIXED = ("euler", "midpoint", "rk4")
+TIMES = {
+    "forwards": torch.tensor([0.0, 0.4, 0.5, 1.3], dtype=torch.float64),
+    "backwards": torch.tensor([1.3, 0.6, 0.5, -0.2], dtype=torch.float64),
+    "rows": torch.linspace(0, 1, 4, dtype=torch.float64)
+    * torch.tensor([[1.0], [1.3], [-0.7], [0.2]], dtype=torch.float64),
+}
+
+
+@pytest.fixture
+def y0():
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(4, 2, generator=generator, dtype=torch.float64)
+
+
+@pytest.fixture
+def w():
+    generator = torch.Generator().manual_seed(3)
+    w = torch.randn(2, 2, generator=generator, dtype=torch.float64)
+    return w.requires_grad_()
+
+
+def make_field(w):
+    return lambda t, y: torch.tanh(y @ w) * torch.sin(3 * t) + torch.cos(t) * y
+
+
+def gradients(gradient, w, y0, t, **kwargs):
+    y0, t = y0.clone().requires_grad_(), t.clone().requires_grad_()
+    y = solve_ode(make_field(w), y0, t, gradient=gradient, **kwargs).y
+    weights = torch.cos(torch.arange(y.numel(), dtype=y.dtype)).view_as(y)
+    return [y, *torch.autograd.grad((weights * y).sum(), (y0, t, w))]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("step_control", ["per_sample", "shared"])
+@pytest.mark.parametrize("times", TIMES)
+def test_equals_backpropagation_through_the_same_steps(
+    method, step_control, times, y0, w
+):
+    if step_control == "shared" and times == "rows":
+        times = "forwards"
+    kwargs = {"step_size": 0.11} if method in FIXED else {"rtol": 1e-4, "atol": 1e-4}
+    kwargs |= {"method": method, "step_control": step_control}
+    one = gradients("discrete", w, y0, TIMES[times], **kwargs)
+    two = gradients("backprop", w, y0, TIMES[times], **kwargs)
+    for a, b in zip(one, two, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("step_control", ["per_sample", "shared"])
+def test_gradcheck_with_constant_steps(method, step_control, y0, w):
+    # constant steps make the numbers a smooth function of everything
+    def solve(y0, t, w):
+        return solve_ode(
+            make_field(w),
+            y0,
+            t,
+            method=method,
+            step_control=step_control,
+            step_size=0.3,
+        ).y
+
+    t = torch.tensor([0.1, 0.45, 0.8], dtype=torch.float64)
+    inputs = (y0[:2].clone().requires_grad_(), t.requires_grad_(), w)
+    assert torch.autograd.gradcheck(solve, inputs, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "tsit5", "dopri8"])
+def test_gradcheck_with_adaptive_steps(method, y0, w):
+    def solve(y0, t, w):
+        return solve_ode(make_field(w), y0, t, method=method, rtol=1e-11, atol=1e-11).y
+
+    t = torch.tensor([0.1, 0.45, 0.8], dtype=torch.float64)
+    inputs = (y0[:2].clone().requires_grad_(), t.requires_grad_(), w)
+    assert torch.autograd.gradcheck(solve, inputs, rtol=1e-5, atol=1e-6)
+
+
+def test_interval_without_length_has_a_slope_at_its_end(y0):
+    t = torch.tensor([0.5, 0.5], dtype=torch.float64, requires_grad=True)
+    for gradient in ("discrete", "backprop"):
+        y = solve_ode(lambda t, y: 2 * y, y0, t, gradient=gradient).y
+        (grad,) = torch.autograd.grad(y[:, -1].sum(), t)
+        expected = 2 * y0.sum() * torch.tensor([-1.0, 1.0], dtype=torch.float64)
+        torch.testing.assert_close(grad, expected)
+
+
+def test_what_a_function_has_captured_gets_its_gradient(y0):
+    rate = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    scale = rate * 2  # not a leaf
+    y = solve_ode(lambda t, y: -scale * y, y0, [0.0, 1.0], rtol=1e-10, atol=1e-10).y
+    (grad,) = torch.autograd.grad(y[:, -1].sum(), rate)
+    expected = (-2 * y0 * torch.exp(-2 * rate)).sum()
+    torch.testing.assert_close(grad, expected.detach(), rtol=1e-8, atol=1e-8)
+
+
+def test_parameters_without_influence_have_none(y0):
+    class Field(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used = torch.nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+            self.unused = torch.nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+            self.frozen = torch.nn.Parameter(
+                torch.tensor(1.0, dtype=torch.float64), requires_grad=False
+            )
+
+        def forward(self, t, y):
+            return -self.used * self.frozen * y
+
+    field = Field()
+    solve_ode(field, y0, [0.0, 1.0]).y.sum().backward()
+    assert field.used.grad is not None
+    assert field.unused.grad is None
+    assert field.frozen.grad is None
+
+
+def test_no_grad_leaves_no_graph(y0, w):
+    with torch.no_grad():
+        assert not solve_ode(make_field(w), y0, [0.0, 1.0]).y.requires_grad
+    assert solve_ode(make_field(w), y0, [0.0, 1.0]).y.requires_grad
+
+
+def test_an_outer_optimizer_learns_through_it(y0):
+    torch.manual_seed(0)
+    field = MLPField(2, (16,)).double()
+    optimizer = torch.optim.Adam(field.parameters(), lr=0.05)
+    target = 0.3 * y0 + 1.0
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = ((solve_ode(field, y0, [0.0, 1.0]).y[:, -1] - target) ** 2).mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.01 * losses[0]
+
+
+def test_backward_twice_gives_the_same(y0):
+    field = MLPField(2, (8,)).double()
+    loss = solve_ode(field, y0, [0.0, 0.5, 1.0]).y.sum()
+    parameters = tuple(field.parameters())
+    one = torch.autograd.grad(loss, parameters, retain_graph=True)
+    two = torch.autograd.grad(loss, parameters)
+    for a, b in zip(one, two, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_weights_changed_in_between_are_noticed(y0):
+    field = MLPField(2, (8,)).double()
+    loss = solve_ode(field, y0, [0.0, 1.0]).y.sum()
+    with torch.no_grad():
+        field.layers[0].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_second_derivatives_come_from_backpropagation(y0, w):
+    def slope(gradient):
+        y0_ = y0.clone().requires_grad_()
+        y = solve_ode(make_field(w), y0_, [0.0, 1.0], gradient=gradient).y
+        (grad,) = torch.autograd.grad(y[:, -1].pow(2).sum(), y0_, create_graph=True)
+        return torch.autograd.grad(grad.sum(), w)
+
+    assert torch.isfinite(slope("backprop")[0]).all()
+    with pytest.raises(RuntimeError):
+        slope("discrete")
+
+
+def test_failed_samples_do_not_poison_gradients(y0):
+    field = MLPField(2, (8,)).double()
+    bad = y0.clone()
+    bad[1] = torch.nan
+    with pytest.warns(SolverWarning):
+        solution = solve_ode(field, bad, [0.0, 1.0])
+    good = torch.tensor([0, 2, 3])
+    solution.y[good, -1].sum().backward()
+    expected = [p.grad.clone() for p in field.parameters()]
+    field.zero_grad()
+    solve_ode(field, y0[good], [0.0, 1.0]).y[:, -1].sum().backward()
+    for p, e in zip(field.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, e, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("n_steps", [10, 100])
+def test_memory_of_a_step_is_its_state(n_steps):
+    # 64 x 16 hidden units a stage would be far more than the 64 x 3 state
+    batch, dim = 64, 3
+    field = MLPField(dim, (16,)).double()
+    y0 = torch.zeros(batch, dim, dtype=torch.float64)
+    y = solve_ode(field, y0, [0.0, 1.0], step_size=1 / n_steps).y
+    records = y.grad_fn.next_functions and _records(y)
+    assert len(records) in (n_steps, n_steps + 1)
+    for record in records:
+        kept = record.y.numel() + record.h.numel() + record.t.size + record.t1.size
+        assert record.outputs is None
+        assert kept == batch * (dim + 3)
+
+
+def _records(y):
+    """Return the step records that the node of a solution holds."""
+    node = y.grad_fn
+    while not hasattr(node, "run"):
+        node = node.next_functions[0][0]
+    return node.run.trace.records
+
+
+def test_an_mlp_builds_no_graph_anywhere(y0, monkeypatch):
+    field = MLPField(2, (8,)).double()
+
+    def refuse(self, t, y):
+        raise AssertionError("forward is for autograd")
+
+    solution = solve_ode(field, y0, [0.0, 0.5, 1.0])
+    with monkeypatch.context() as patch:
+        # no module of the field is called in the backward pass either
+        patch.setattr(torch.nn.Linear, "forward", refuse)
+        solution.y.sum().backward()
+    assert all(p.grad is not None for p in field.parameters())
+    node = solution.y.grad_fn
+    while not hasattr(node, "run"):
+        node = node.next_functions[0][0]
+    kinds = {type(parent).__name__ for parent, _ in node.next_functions if parent}
+    assert kinds == {"AccumulateGrad"}
