@@ -64,7 +64,8 @@ def main():
         )
         print(
             f"   {name:18s} accuracy {result['test_score'].mean():.4f} +- "
-            f"{result['test_score'].std():.4f}, fit {np.median(result['fit_time']):.1f} s",
+            f"{result['test_score'].std():.4f}, "
+            f"fit {np.median(result['fit_time']):.1f} s",
             flush=True,
         )
 

@@ -100,7 +100,7 @@ class BaseODEEstimator(CallbackSupportMixin, BaseEstimator):
 
     def _solver_settings(self, dtype: torch.dtype) -> SolverSettings:
         """Collect the solver parameters as they are now."""
-        rtol, least = self.rtol, 10 * torch.finfo(dtype).eps
+        rtol, least = self.rtol, 4 * torch.finfo(dtype).eps
         if rtol < least:
             warnings.warn(
                 f"rtol={rtol:g} is below what {dtype} can carry; using {least:.2g}. "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from numbers import Integral, Real
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -54,8 +55,8 @@ class ODENetClassifier(ClassifierMixin, BaseODEEstimator):
         finite margins instead of pushing them up for ever, which generalises better;
         probabilities stay about ``label_smoothing / n_classes`` away from 0. Use 0 for
         the plain log-loss.
-    solver : {"dopri5", "tsit5", "bosh3", "dopri8", "heun", "rk4", "midpoint", "euler"}, \
-            default="dopri5"
+    solver : {"dopri5", "tsit5", "bosh3", "dopri8", "heun", "rk4", "midpoint", \
+            "euler"}, default="dopri5"
         ODE solver. The last three take constant steps of length ``step_size``, the
         others adapt them to the tolerance.
     rtol, atol : float, default=1e-3
@@ -67,8 +68,8 @@ class ODENetClassifier(ClassifierMixin, BaseODEEstimator):
     step_size : float, default=0.1
         Length of the steps of the solvers without error estimate; the interval is 1.
     gradient : {"discrete", "backprop"}, default="discrete"
-        How to differentiate the solver: the exact reverse of its steps, in the memory of
-        the states, or torch's autograd through all its operations.
+        How to differentiate the solver: the exact reverse of its steps, in the memory
+        of the states, or torch's autograd through all its operations.
     optimizer : {"adam"}, default="adam"
         Training algorithm.
     alpha : float, default=1e-4
@@ -152,7 +153,7 @@ class ODENetClassifier(ClassifierMixin, BaseODEEstimator):
     (3, 2)
     """
 
-    _parameter_constraints = {
+    _parameter_constraints: ClassVar[dict] = {
         **SHARED_CONSTRAINTS,
         "augment_dim": [Interval(Integral, 0, None, closed="left")],
         "class_weight": [dict, StrOptions({"balanced"}), None],

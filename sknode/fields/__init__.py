@@ -1,4 +1,4 @@
-"""Vector fields: torch modules ``f(t, y)``, with closed-form derivatives where known."""
+"""Vector fields ``f(t, y)``: torch modules, with closed forms where known."""
 
 from sknode.fields.activations import ACTIVATIONS
 from sknode.fields.mlp import MLPField

@@ -29,8 +29,8 @@ class Activation:
         ``kernel(z, out)`` writes the kernel's values into ``out`` (which may be ``z``
         itself unless ``keeps_input``) and returns them.
     reverse : callable
-        ``reverse(grad, saved)`` multiplies ``grad`` in place by the kernel's derivative;
-        ``saved`` is the kernel's value, or its argument if ``keeps_input``.
+        ``reverse(grad, saved)`` multiplies ``grad`` in place by the derivative of the
+        kernel; ``saved`` is the kernel's value, or its argument if ``keeps_input``.
     keeps_input : bool
         Whether the derivative needs the argument.
     """

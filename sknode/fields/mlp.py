@@ -329,9 +329,9 @@ class MLPClosedForm:
 class _Stages:
     """What the stages of a step keep for their reverse, for one number of rows.
 
-    ``values[stage][layer]`` are the kernel values of a hidden layer, ``arguments`` those
-    before the kernel (the same memory unless the derivative needs them), ``cotangents``
-    the cotangents before the kernel.
+    ``values[stage][layer]`` are the kernel values of a hidden layer, ``arguments``
+    those before the kernel (the same memory unless the derivative needs them),
+    ``cotangents`` the cotangents before the kernel.
     """
 
     def __init__(self, n: int, like: Tensor, widths, keeps_input: bool, smaller=None):

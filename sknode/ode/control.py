@@ -100,8 +100,11 @@ def make_controller(controller) -> StepController:
 
 
 def _scale(size: Tensor, rtol: float, atol: float) -> Tensor:
-    """Return ``atol + rtol * size``, in the memory of size."""
-    return size.mul_(rtol).add_(atol)
+    """Return ``atol + rtol * size``, in the memory of size.
+
+    Never zero: a component that is and stays zero has no error, whatever atol is.
+    """
+    return size.mul_(rtol).add_(max(atol, torch.finfo(size.dtype).tiny))
 
 
 def _rms(x: Tensor) -> np.ndarray:

@@ -1,12 +1,13 @@
 """Gradients of a solve: the discrete adjoint, and plain backpropagation to check it.
 
-The discrete adjoint is the exact reverse of the steps that were taken. With the cotangent
-``lam`` of a step's end, the stages ``i = s, ..., 1`` give
+The discrete adjoint is the exact reverse of the steps that were taken. With the
+cotangent ``lam`` of a step's end, the stages ``i = s, ..., 1`` give
 
     kappa_i = h (b_i lam + sum_{j>i} a_ji l_j),    l_i = (df/dy)^T kappa_i,
 
-the parameters receive ``(df/dtheta)^T kappa_i`` and ``lam + sum_i l_i`` is the cotangent
-of the step's start. An output at ``theta`` inside the step with cotangent ``g`` adds
+the parameters receive ``(df/dtheta)^T kappa_i`` and ``lam + sum_i l_i`` is the
+cotangent of the step's start. An output at ``theta`` inside the step with cotangent
+``g`` adds
 ``h b_i(theta) g`` to ``kappa_i`` and ``g`` to ``lam``. Only ``(t, h, y)`` of accepted
 steps are kept; stages are computed again.
 

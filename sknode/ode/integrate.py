@@ -1,13 +1,13 @@
 """The integration loop: many lanes, each with its own time, step size and fate.
 
-A lane is a sample under per-sample control, or the whole batch under shared control. All
-lanes step at once; one that rejects a step stays where it is, one that has arrived takes
-steps of length zero (the identity, to the bit) until it leaves the batch.
+A lane is a sample under per-sample control, or the whole batch under shared control.
+All lanes step at once; one that rejects a step stays where it is, one that has arrived
+takes steps of length zero (the identity, to the bit) until it leaves the batch.
 
 States live on the device, as torch tensors. What steers the loop (times, step sizes,
-statuses: a few numbers a lane) lives on the host, as NumPy arrays in float64, where such
-small operations are cheapest. The only thing that crosses over in a step is the error of
-every lane, so the host waits for the device once a step.
+statuses: a few numbers a lane) lives on the host, as NumPy arrays in float64, where
+such small operations are cheapest. The only thing that crosses over in a step is the
+error of every lane, so the host waits for the device once a step.
 
 Time runs upwards inside the loop, whatever the direction of the interval: ``t`` here is
 ``direction * time``.
@@ -376,13 +376,15 @@ def _start(field, y0: Tensor, grid: Grid, options: Options, k0) -> _Lanes:
         h = np.maximum(h, floor)
     n_history = options.controller.n_history if options.step_size is None else 0
     largest = np.maximum(np.abs(t), np.abs(t_end))
+    # constant steps that divide the interval are that many, whatever their sum rounds to
+    slack = 1e-6 * (options.step_size or 0.0)
     return _Lanes(
         y=y,
         k=k,
         rows=np.arange(n),
         t=t,
         t_end=t_end,
-        near_end=t_end - 4 * RESOLUTION * largest,
+        near_end=t_end - np.maximum(4 * RESOLUTION * largest, slack),
         floor=floor,
         h=h,
         running=t < t_end,

@@ -1,7 +1,7 @@
 """One explicit Runge-Kutta step of many lanes at once, and its dense output.
 
-Stages are kept as ``h * slope`` in a buffer of shape (stages, lanes, n): a stage is then
-one fused multiply-add over the flattened lanes, and so are error and dense output.
+Stages are kept as ``h * slope`` in a buffer of shape (stages, lanes, n): a stage is
+then one fused multiply-add over the flattened lanes, and so are error and dense output.
 """
 
 from __future__ import annotations

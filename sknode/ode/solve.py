@@ -43,16 +43,16 @@ def solve_ode(
 ) -> Solution:
     """Solve ``dy/dt = f(t, y)`` for a batch of initial states.
 
-    Every sample has its own step size, its own error norm and its own status: its result
-    does not depend on the other samples, and a sample that fails stops no other.
+    Every sample has its own step size, its own error norm and its own status: its
+    result does not depend on the other samples, and a sample that fails stops no other.
 
     Parameters
     ----------
     f : callable or torch.nn.Module
-        The vector field. It gets the states ``y`` of shape (batch, \\*state) and the times
-        ``t``, of shape (batch, 1, ...) to broadcast against them, or a scalar under
-        shared control, and returns slopes of the shape of ``y``. It is never called
-        outside the interval. A module with a closed form, such as
+        The vector field. It gets the states ``y`` of shape (batch, \\*state) and the
+        times ``t``, of shape (batch, 1, ...) to broadcast against them, or a scalar
+        under shared control, and returns slopes of the shape of ``y``. It is never
+        called outside the interval. A module with a closed form, such as
         `sknode.fields.MLPField`, is solved without autograd.
     y0 : Tensor of shape (batch, \\*state)
         Initial states, float32 or float64.
@@ -60,18 +60,18 @@ def solve_ode(
         Output times, ascending or descending; the first is that of ``y0``. One grid for
         all samples, or a row for every sample (rows may end at different times: repeat
         the last time).
-    method : {"dopri5", "tsit5", "bosh3", "dopri8", "heun", "rk4", "midpoint", "euler"}, \
-            default="dopri5"
+    method : {"dopri5", "tsit5", "bosh3", "dopri8", "heun", "rk4", "midpoint", \
+            "euler"}, default="dopri5"
         The Runge-Kutta method. The last three have no error estimate and need a
         ``step_size``.
     rtol, atol : float, default=1e-6
-        Relative and absolute tolerance of a step's error: ``atol + rtol * |y|``, in root
-        mean square over the sample's state.
+        Relative and absolute tolerance of a step's error: ``atol + rtol * |y|``, in
+        root mean square over the sample's state.
     step_control : {"per_sample", "shared"}, default="per_sample"
         "shared" treats the whole batch as one system, with one step size; for fields
         that couple the samples.
     gradient : {"discrete", "backprop"}, default="discrete"
-        "discrete": the exact reverse of the steps taken, keeping the state of each step.
+        "discrete": the exact reverse of the steps taken, keeping the state of each.
         "backprop": torch's autograd through the same steps, keeping everything;
         can be differentiated twice.
     max_steps : int, default=10000
@@ -285,7 +285,7 @@ def _make_options(
         raise ValueError("rtol and atol must not both be zero.")
     # rounding in a step is a few units in the last place: below this there is
     # nothing to control
-    least = 10 * torch.finfo(dtype).eps
+    least = 4 * torch.finfo(dtype).eps
     if 0 < rtol < least:
         warnings.warn(
             f"rtol={rtol:g} is below what {dtype} can carry; using {least:.2g}.",

@@ -1,7 +1,7 @@
 """Explicit Runge-Kutta methods as data.
 
 Notation: stages ``k_i = f(t + c_i h, y + h sum_j a_ij k_j)``, the step
-``y1 = y + h sum_i b_i k_i``, the error estimate ``h sum_i e_i k_i`` and the dense output
+``y1 = y + h sum_i b_i k_i``, the error estimate ``h sum_i e_i k_i``, the dense output
 ``y(theta) = y + h sum_i b_i(theta) k_i`` with ``b_i(theta) = sum_m p_im theta^(m+1)``.
 
 Every tableau here ends with the slope at the new point: its last main stage has the
@@ -143,6 +143,8 @@ def _make(name, order, rows, b, *, embedded=None, error_order=None, dense=None):
     for i, row in enumerate(rows, start=1):
         a[i, : len(row)] = row
     a[-1] = b
+    c = a.sum(1)
+    c[-1] = 1.0  # not only up to rounding
     error = None if embedded is None else (b - np.array(embedded))[None]
     if dense is None:
         dense, dense_order = _hermite(b), min(order, 4)
@@ -154,7 +156,7 @@ def _make(name, order, rows, b, *, embedded=None, error_order=None, dense=None):
         dense_order=dense_order,
         a=a,
         b=b,
-        c=a.sum(1),
+        c=c,
         error=error,
         error_order=error_order,
         dense=dense,

@@ -1,10 +1,10 @@
 """The right-hand side as the solver sees it.
 
-The solver works on a state of shape (lanes, n) and asks a vector field for three things:
-slopes; slopes that remember how to be reversed; and the reverse, a vector-Jacobian
-product. `BoundField` is that interface. A module that knows closed forms implements it
-itself and hands it out through a method ``closed_form()``; everything else is served by
-`AutogradField`.
+The solver works on a state of shape (lanes, n) and asks a vector field for three
+things: slopes; slopes that remember how to be reversed; and the reverse, a vector-
+Jacobian product. `BoundField` is that interface. A module that knows closed forms
+implements it itself and hands it out through a method ``closed_form()``; everything
+else is served by `AutogradField`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Speed of the solver beside torchdiffeq and torchode, at equal or smaller error.
 
 Tanh fields of the given sizes, dopri5 at rtol = atol = 1e-5 on t in [0, 1], float32.
-Weights are torch's default initialisation times 3, y0 is standard normal. All solvers run
-in one process, in turns; a figure is the median of the rounds. The error is the largest
-deviation of a component from a float64 solution at 1e-12.
+Weights are torch's default initialisation times 3, y0 is standard normal. All solvers
+run in one process, in turns; a figure is the median of the rounds. The error is the
+largest deviation of a component from a float64 solution at 1e-12.
 
     python tests/benchmarks/solver.py [--rounds 15] [--device cpu] [--threads 2]
 """
@@ -14,6 +14,7 @@ import argparse
 import statistics
 import time
 import warnings
+from functools import partial
 
 import torch
 from torch import nn
@@ -166,7 +167,7 @@ def main():
         tables = []
         for function in (forward_only, forward_backward):
             jobs = {
-                name: (lambda f=function, s=solve: f(s, y0, linears))
+                name: partial(function, solve, y0, linears)
                 for name, solve in solvers.items()
                 if not (function is forward_only and "adjoint" in name)
             }
