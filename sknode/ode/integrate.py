@@ -376,7 +376,7 @@ def _start(field, y0: Tensor, grid: Grid, options: Options, k0) -> _Lanes:
         h = np.maximum(h, floor)
     n_history = options.controller.n_history if options.step_size is None else 0
     largest = np.maximum(np.abs(t), np.abs(t_end))
-    # constant steps that divide the interval are that many, whatever their sum rounds to
+    # constant steps that divide the interval are that many, however their sum rounds
     slack = 1e-6 * (options.step_size or 0.0)
     return _Lanes(
         y=y,
