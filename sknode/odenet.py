@@ -59,7 +59,7 @@ class ODENetClassifier(ClassifierMixin, BaseODEEstimator):
             "euler"}, default="dopri5"
         ODE solver. The last three take constant steps of length ``step_size``, the
         others adapt them to the tolerance.
-    rtol, atol : float, default=1e-3
+    rtol, atol : float, default=1e-2
         Relative and absolute tolerance of the solver. Read again at prediction:
         ``clf.set_params(rtol=1e-6).predict(X)`` solves more accurately with the same
         weights.
@@ -81,9 +81,9 @@ class ODENetClassifier(ClassifierMixin, BaseODEEstimator):
         Step size of the training algorithm.
     max_iter : int, default=200
         Largest number of epochs.
-    tol : float, default=1e-3
+    tol : float, default=5e-3
         What the loss (or the validation score) has to gain to count as progress.
-    n_iter_no_change : int, default=6
+    n_iter_no_change : int, default=5
         After so many epochs without progress training ends, with as many epochs more
         in which the learning rate falls to zero.
     early_stopping : bool, default=False
@@ -169,8 +169,8 @@ class ODENetClassifier(ClassifierMixin, BaseODEEstimator):
         class_weight=None,
         label_smoothing=0.1,
         solver="dopri5",
-        rtol=1e-3,
-        atol=1e-3,
+        rtol=1e-2,
+        atol=1e-2,
         max_steps=1000,
         step_size=0.1,
         gradient="discrete",
@@ -179,8 +179,8 @@ class ODENetClassifier(ClassifierMixin, BaseODEEstimator):
         batch_size="auto",
         learning_rate_init=1e-2,
         max_iter=200,
-        tol=1e-3,
-        n_iter_no_change=6,
+        tol=5e-3,
+        n_iter_no_change=5,
         early_stopping=False,
         validation_fraction=0.1,
         warm_start=False,
