@@ -78,7 +78,6 @@ def main():
             "odenetclassifier__hidden_layer_sizes": [(16,), (64,)],
         },
         cv=StratifiedKFold(2, shuffle=True, random_state=0),
-        n_jobs=2,
     )
     search.fit(X_train, y_train)
     for parameters, score in zip(
