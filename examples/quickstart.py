@@ -72,7 +72,7 @@ def main():
     print("\n3. Grid search over solver tolerance and hidden size (2 folds)")
     start = time.perf_counter()
     search = GridSearchCV(
-        make_pipeline(StandardScaler(), ODENetClassifier(max_iter=15, random_state=0)),
+        make_pipeline(StandardScaler(), ODENetClassifier(max_iter=7, random_state=0)),
         {
             "odenetclassifier__rtol": [1e-1, 1e-2],
             "odenetclassifier__hidden_layer_sizes": [(16,), (64,)],
