@@ -125,7 +125,11 @@ class _Sweep:
             else:
                 moved = self._step(record, lam[record.rows])
                 lam = lam.index_copy(0, record.rows, moved)
-        lam = lam[:n_lanes] + self.grad[:, 0]
+        if self.grad.shape[1] == 2 and self.trace.moving.all():
+            lam = lam[:n_lanes] + self.grad[:, 0]
+        else:
+            at_start = self._tensor(self.trace.at_start, self.grad.dtype)
+            lam = lam[:n_lanes] + torch.einsum("ltn,lt->ln", self.grad, at_start)
         return lam, self._times_gradient(n_lanes)
 
     def _cotangent_at_end(self) -> Tensor:
@@ -133,17 +137,16 @@ class _Sweep:
         n_times = self.grad.shape[1]
         if n_times == 1:
             return torch.zeros_like(self.grad[:, 0])
-        if n_times == 2:
+        if n_times == 2 and self.trace.moving.all():
             return self.grad[:, 1]
         held = np.arange(n_times) >= self.trace.next_output[:, None]
-        held |= ~self.trace.moving[:, None]
-        held[:, 0] = False
+        held &= ~self.trace.at_start
         return torch.einsum(
             "ltn,lt->ln", self.grad, self._tensor(held, self.grad.dtype)
         )
 
     def _tensor(self, values: np.ndarray, dtype=None) -> Tensor:
-        return torch.from_numpy(values).to(self.grad.device, dtype)
+        return torch.from_numpy(np.array(values)).to(self.grad.device, dtype)
 
     def _memory(self, n: int, like: Tensor) -> tuple[StageBuffer, ...]:
         """Return buffers for stages, their states, and both kinds of cotangents."""
@@ -254,11 +257,11 @@ class _Sweep:
             return None
         total = self.grad_times[:n_lanes]
         if total.shape[1] > 1:
-            # an interval without length still has a slope at its end
+            # the first time once more, before any step, still has a slope
             slopes = torch.einsum("ltn,ln->lt", self.grad, self.trace.k0)
+            slopes = torch.where(self._tensor(self.trace.at_start), slopes, 0.0)
             slopes[:, 0] = -slopes[:, 1:].sum(1)
-            still = self._tensor(~self.trace.moving[:, None])
-            total = total + torch.where(still, slopes.to(total.dtype), 0.0)
+            total = total + slopes.to(total.dtype)
         return total if self.times.ndim == 2 else total.sum(0)
 
 
@@ -336,14 +339,14 @@ def _assemble(trace: Trace, y0, y, times, outputs) -> Tensor:
     """Place differentiable states at their output times."""
     n_lanes, n_times = len(y0), times.shape[-1]
     grid = times.expand(n_lanes, -1) if times.ndim == 1 else times
-    moving = torch.from_numpy(trace.moving.copy()).to(y0.device)[:, None]
-    # where nothing moved: the first state, which has a slope in time
+    at_start = torch.from_numpy(trace.at_start.copy()).to(y0.device)[:, :, None]
+    # where nothing moved yet: the first state, which has a slope in time
     still = (grid - grid[:, :1]).to(y0.dtype)[:, :, None] * trace.k0[:, None, :]
-    result = y0[:, None, :] + torch.where(moving[:, :, None], 0.0, still)
+    result = y0[:, None, :] + torch.where(at_start, still, 0.0)
     columns = torch.arange(n_times, device=y0.device)
     ahead = torch.from_numpy(trace.next_output).to(y0.device)[:, None]
-    held = (columns >= ahead) & moving & (columns > 0)
-    result = torch.where(held[:, :, None], y[:, None, :], result)
+    held = (columns >= ahead)[:, :, None] & ~at_start
+    result = torch.where(held, y[:, None, :], result)
     for rows, column, values in outputs:
         result = result.index_put((rows, column), values)
     return result

@@ -75,6 +75,11 @@ class Grid:
     times: np.ndarray
     direction: float | np.ndarray
 
+    @property
+    def at_start(self) -> np.ndarray:
+        """Which times equal the first: they are reached before any step."""
+        return self.times == self.times[..., :1]
+
     @classmethod
     def from_times(cls, t: np.ndarray) -> Grid:
         """Check user times (finite, monotonic rows) and orient them."""
@@ -131,6 +136,7 @@ class Trace:
     next_output: np.ndarray  # first output time that was not reached
     t_reached: np.ndarray
     moving: np.ndarray  # whether the interval has a length
+    at_start: np.ndarray  # (lanes, n_times), output times that equal the first
     k0: Tensor  # first slope
     n_padded: int  # lanes counted by the records' rows
     records: list[StepRecord] | None
@@ -306,6 +312,7 @@ def integrate(
         next_output=total.next_output[:n_lanes],
         t_reached=reached[:n_lanes],
         moving=moving[:n_lanes],
+        at_start=np.broadcast_to(grid.at_start, (len(y0), n_times))[:n_lanes],
         k0=k0[:n_lanes],
         n_padded=len(k0),
         records=records,
@@ -392,7 +399,7 @@ def _start(field, y0: Tensor, grid: Grid, options: Options, k0) -> _Lanes:
         n_steps=np.zeros(n, dtype=np.int64),
         n_rejected=np.zeros(n, dtype=np.int64),
         n_dense=np.zeros(n, dtype=np.int64),
-        next_output=np.where(interval > 0, min(1, n_times - 1), n_times - 1),
+        next_output=np.minimum(np.broadcast_to(grid.at_start.sum(-1), n), n_times - 1),
         history=np.ones((n, n_history)),
     )
 
@@ -414,7 +421,9 @@ def _outputs_reached(grid: Grid, rows, t: np.ndarray, before: np.ndarray):
     else:
         times = grid.times if len(rows) == len(grid.times) else grid.times[rows]
         reached = torch.searchsorted(
-            torch.from_numpy(times), torch.from_numpy(t)[:, None], right=True
+            torch.from_numpy(np.ascontiguousarray(times)),
+            torch.from_numpy(t)[:, None],
+            right=True,
         )
         reached = reached[:, 0].numpy()
     # the last time is not an inner one: the end of the last step serves it

@@ -22,6 +22,7 @@ from sknode.ode.vector_field import bind
 __all__ = ["solve_ode"]
 
 GRADIENTS = ("discrete", "backprop")
+STATISTICS = ("n_steps", "n_accepted", "n_rejected", "n_f_evals")
 STEP_CONTROLS = ("per_sample", "shared")
 
 
@@ -159,11 +160,14 @@ def solve(f, y0, t, *, step_control="per_sample", gradient="discrete", **setting
     shared = step_control == "shared"
     batch, state = len(y0), y0.shape[1:]
     times = _check_times(t, batch, shared)
-    flat = y0.reshape(1 if shared else batch, -1)
+    again = partial(solve, f, y0, step_control=step_control, gradient=gradient)
+    if batch == 0:
+        return _empty_solution(y0, times, partial(again, **settings))
+    flat = y0.reshape(1 if shared else batch, -1).contiguous()
 
     field = bind(f, batch, state, shared)
     run = Run(field, Grid.from_times(times.detach().cpu().numpy()), options)
-    needs_grad = torch.is_grad_enabled() and batch > 0
+    needs_grad = torch.is_grad_enabled()
     if needs_grad and field.probed:
         start = times.detach()[..., :1].expand(len(flat), 1)
         run.k0 = field.discover(start.to(flat), flat.detach())
@@ -182,7 +186,6 @@ def solve(f, y0, t, *, step_control="per_sample", gradient="discrete", **setting
         y = y.view(n_times, *y0.shape).transpose(0, 1)
     else:
         y = y.view(batch, n_times, *state)
-    again = partial(solve, f, y0, step_control=step_control, gradient=gradient)
     trace = run.trace
 
     def per_sample(values, dtype=torch.int64):
@@ -198,6 +201,19 @@ def solve(f, y0, t, *, step_control="per_sample", gradient="discrete", **setting
     )
 
 
+def _empty_solution(y0: Tensor, times: Tensor, resolve) -> Solution:
+    """Return the solution for a batch without samples."""
+    nothing = torch.zeros(0, dtype=torch.int64, device=y0.device)
+    return Solution(
+        t=times,
+        y=y0[:, None].repeat(1, times.shape[-1], *(1 for _ in y0.shape[1:])),
+        status=nothing,
+        stats={name: nothing.clone() for name in STATISTICS},
+        t_reached=nothing.to(torch.float64),
+        _resolve=resolve,
+    )
+
+
 def _statistics(trace: Trace, options: Options) -> dict[str, np.ndarray]:
     """Count steps and evaluations, exactly: those that the sample itself needed."""
     tableau = options.tableau
@@ -207,12 +223,9 @@ def _statistics(trace: Trace, options: Options) -> dict[str, np.ndarray]:
         + trace.n_steps * (tableau.n_stages - 1)
         + trace.n_dense * (tableau.n_stages_extended - tableau.n_stages)
     )
-    return {
-        "n_steps": trace.n_steps,
-        "n_accepted": trace.n_steps - trace.n_rejected,
-        "n_rejected": trace.n_rejected,
-        "n_f_evals": evaluations,
-    }
+    accepted = trace.n_steps - trace.n_rejected
+    counts = (trace.n_steps, accepted, trace.n_rejected, evaluations)
+    return dict(zip(STATISTICS, counts, strict=True))
 
 
 def _check_choice(name, value, choices):
