@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sknode.fields.activations import Activation, get_activation
+from sknode.ode.vector_field import Perceptron
 
 __all__ = ["MLPField"]
 
@@ -186,17 +187,19 @@ class MLPClosedForm:
             p for layer in field.layers for p in (layer.weight, layer.bias)
         ]
         self.parameters = [p for p in self.parameters if p is not None]
-        self._has_bias = [layer.bias is not None for layer in field.layers]
-        with torch.no_grad():
-            self._fold(field)
+        layers = [(layer.weight, layer.bias) for layer in field.layers]
+        self.network = Perceptron(layers, field.activation, self.uses_time)
+        self.dtype = self.network.dtype
         self._scratch: dict[int, list[Tensor]] = {}
         self._kept: dict[int, _Stages] = {}
 
-    def _fold(self, field: MLPField) -> None:
-        act, last = self.activation, len(field.layers) - 1
+    @torch.no_grad()
+    def prepare(self):
+        """Fold the constants of the activation into the weights."""
+        layers = self.network.layers
+        act, last = self.activation, len(layers) - 1
         self.weights, self.biases, self.time_weight = [], [], None
-        for i, layer in enumerate(field.layers):
-            weight, bias = layer.weight, layer.bias
+        for i, (weight, bias) in enumerate(layers):
             if i == 0 and self.uses_time:
                 self.time_weight = weight[:, -1] * act.slope
                 weight = weight[:, :-1]
@@ -211,7 +214,6 @@ class MLPClosedForm:
             self.weights.append(weight)
             self.biases.append(bias)
         self.transposed = [w.t() for w in self.weights]
-        self.dtype = self.weights[0].dtype
 
     def _check(self, y: Tensor) -> None:
         if y.dtype != self.dtype:
@@ -321,7 +323,7 @@ class MLPClosedForm:
             if i == 0 and self.uses_time:
                 grad = torch.cat([grad, (self._time_gradient * outer)[:, None]], 1)
             result.append(grad)
-            if self._has_bias[i]:
+            if self.network.layers[i][1] is not None:
                 result.append(bias)
         return result
 

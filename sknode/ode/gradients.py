@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sknode.ode import kernels
 from sknode.ode.integrate import Grid, Options, StepRecord, Trace, integrate
 from sknode.ode.runge_kutta import StageBuffer, StageTimes, powers
 from sknode.ode.vector_field import BoundField
@@ -44,16 +45,24 @@ class Run:
     """One solve: what is integrated and how, and, afterwards, what happened."""
 
     field: BoundField
-    grid: Grid
+    times: np.ndarray
     options: Options
+    fused: bool = False  # by a kernel
     k0: Tensor | None = None
     trace: Trace | None = None
 
     def forward(self, y0: Tensor, record: bool) -> Tensor:
         """Integrate without gradients."""
+        if self.fused:
+            self.trace = kernels.solve(
+                self.field.network, y0, self.times, self.options, record
+            )
+            return self.trace.y
         with torch.no_grad():
+            self.field.prepare()
+            grid = Grid.from_times(self.times)
             self.trace = integrate(
-                self.field, y0, self.grid, self.options, k0=self.k0, record=record
+                self.field, y0, grid, self.options, k0=self.k0, record=record
             )
         return self.trace.y
 
@@ -90,9 +99,13 @@ class _DiscreteAdjoint(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         times, *_ = ctx.saved_tensors
-        sweep = _Sweep(ctx.run, times, grad, ctx.needs_input_grad[2])
+        run = ctx.run
+        if run.fused:
+            grad_y0, parameters = kernels.reverse(run.field.network, run.trace, grad)
+            return None, grad_y0, None, *parameters
+        sweep = _Sweep(run, times, grad, ctx.needs_input_grad[2])
         grad_y0, grad_times = sweep.reverse()
-        parameters = ctx.run.field.parameter_gradients()
+        parameters = run.field.parameter_gradients()
         return None, grad_y0, grad_times, *parameters
 
 

@@ -16,6 +16,7 @@ Time runs upwards inside the loop, whatever the direction of the interval: ``t``
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from sknode.ode.runge_kutta import (
 from sknode.ode.solution import Status
 from sknode.ode.tableaus import Tableau
 
-__all__ = ["Grid", "Options", "StepRecord", "Trace", "integrate"]
+__all__ = ["Grid", "Options", "StepRecord", "Trace", "check_order", "integrate"]
 
 # Matrix products treat full blocks of rows alike; a remainder goes through other
 # instructions and rounds differently. Batches that are multiples of this make a row's
@@ -82,16 +83,22 @@ class Grid:
 
     @classmethod
     def from_times(cls, t: np.ndarray) -> Grid:
-        """Check user times (finite, monotonic rows) and orient them."""
-        if not np.isfinite(t).all():
-            raise ValueError("t must be finite.")
+        """Orient times as `check_order` lets them pass."""
         sign = np.where(t[..., -1:] < t[..., :1], -1.0, 1.0)
         times = t * sign
-        if not (times[..., 1:] >= times[..., :-1]).all():
-            raise ValueError("t must be monotonic (equal times may repeat).")
         uniform = len(np.unique(sign)) <= 1
         direction = float(sign.flat[0]) if uniform and sign.size else sign[..., 0]
         return cls(times, direction if sign.size else 1.0)
+
+
+def check_order(t: np.ndarray) -> np.ndarray:
+    """Raise unless times are finite and in order, row by row."""
+    if not np.isfinite(t).all():
+        raise ValueError("t must be finite.")
+    change = np.diff(t)
+    if not ((change >= 0).all(-1) | (change <= 0).all(-1)).all():
+        raise ValueError("t must be monotonic (equal times may repeat).")
+    return t
 
 
 @dataclass
@@ -136,10 +143,11 @@ class Trace:
     next_output: np.ndarray  # first output time that was not reached
     t_reached: np.ndarray
     moving: np.ndarray  # whether the interval has a length
-    at_start: np.ndarray  # (lanes, n_times), output times that equal the first
-    k0: Tensor  # first slope
-    n_padded: int  # lanes counted by the records' rows
-    records: list[StepRecord] | None
+    records: list[StepRecord] | Any | None  # a kernel has its own kind
+    # what only the reverse of `integrate` asks for
+    at_start: np.ndarray | None = None  # (lanes, n_times), times that equal the first
+    k0: Tensor | None = None  # first slope
+    n_padded: int = 0  # lanes counted by the records' rows
 
 
 @dataclass

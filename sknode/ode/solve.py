@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sknode.ode import kernels
 from sknode.ode.control import StepController, make_controller
 from sknode.ode.gradients import Run, discrete_adjoint, replay
-from sknode.ode.integrate import Grid, Options, Trace
+from sknode.ode.integrate import Options, Trace, check_order
 from sknode.ode.solution import Solution, SolverWarning
 from sknode.ode.tableaus import get_tableau
 from sknode.ode.vector_field import bind
@@ -166,7 +167,9 @@ def solve(f, y0, t, *, step_control="per_sample", gradient="discrete", **setting
     flat = y0.reshape(1 if shared else batch, -1).contiguous()
 
     field = bind(f, batch, state, shared)
-    run = Run(field, Grid.from_times(times.detach().cpu().numpy()), options)
+    host_times = check_order(times.detach().cpu().numpy())
+    run = Run(field, host_times, options)
+    run.fused = kernels.serves(field, flat, times) and gradient == "discrete"
     needs_grad = torch.is_grad_enabled()
     if needs_grad and field.probed:
         start = times.detach()[..., :1].expand(len(flat), 1)

@@ -10,12 +10,38 @@ else is served by `AutogradField`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["AutogradField", "BoundField", "FieldView", "bind"]
+__all__ = ["AutogradField", "BoundField", "FieldView", "Perceptron", "bind"]
+
+
+@dataclass(frozen=True)
+class Perceptron:
+    """A multilayer perceptron by its layers: what a fused kernel needs to know.
+
+    Attributes
+    ----------
+    layers : list of (weight, bias)
+        Weights of shape (out, in); a bias may be None. If the field uses time, it is
+        the last input of the first layer.
+    activation : str
+        Activation of the hidden layers, as in `sknode.fields.ACTIVATIONS`.
+    uses_time : bool
+        Whether time is an input.
+    """
+
+    layers: list[tuple[Tensor, Tensor | None]]
+    activation: str
+    uses_time: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return self.layers[0][0].dtype
 
 
 class BoundField(Protocol):
@@ -35,6 +61,11 @@ class BoundField(Protocol):
     probed: bool
     """Whether ``parameters`` are only known after a call of ``discover(t, y)``, which
     also returns the slopes."""
+    network: Perceptron | None
+    """What the field is, if there may be a kernel for it."""
+
+    def prepare(self) -> None:
+        """Get ready for evaluations; called once, before the first one."""
 
     def evaluate(self, t: Tensor | None, y: Tensor) -> Tensor:
         """Return the slopes, in a tensor that is never written again."""
@@ -76,12 +107,16 @@ class AutogradField:
     row_wise = False  # it may hold tensors with an entry per sample
     uses_time = True
     probed = True
+    network = None
 
     def __init__(self, f: Callable[[Tensor, Tensor], Tensor]):
         self.f = f
         self.parameters: tuple[Tensor, ...] = ()
         self._stages: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._gradients: list[Tensor | None] = []
+
+    def prepare(self):
+        """Nothing needs to be prepared."""
 
     def discover(self, t: Tensor, y: Tensor) -> Tensor:
         """Evaluate once with gradients, to learn which tensors f depends on.
@@ -184,6 +219,8 @@ class FieldView:
         self.uses_time = field.uses_time
         self.parameters = field.parameters
         self.probed = field.probed
+        self.network = None  # kernels want rows of their own
+        self.prepare = field.prepare
         self.begin_reverse = field.begin_reverse
         self.parameter_gradients = field.parameter_gradients
         self._shape = (batch if shared else -1, *state)

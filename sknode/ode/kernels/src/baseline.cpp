@@ -1,0 +1,19 @@
+// The kernels for any processor.
+#include "standard.h"
+
+#define SKNODE_VECTOR_BYTES 16
+#if defined(__aarch64__)
+#define SKNODE_REGISTERS 32
+#else
+#define SKNODE_REGISTERS 16
+#endif
+
+namespace sknode {
+namespace baseline {
+#include "simd.h"
+#include "network.h"
+#include "solve.h"
+}  // namespace baseline
+
+Solvers solvers_baseline() { return {baseline::solve<float>, baseline::solve<double>}; }
+}  // namespace sknode

@@ -1,0 +1,229 @@
+// The kernels as a Python module, in the stable ABI of Python 3.11.
+//
+// Arrays come as addresses: the caller, kernels/__init__.py, has checked their types,
+// shapes and layout and keeps them alive.
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030B0000
+#include <Python.h>
+
+#include "standard.h"
+
+namespace sknode {
+namespace {
+
+struct InstructionSet {
+    const char* name;
+    Solvers solvers;
+    bool available;
+};
+
+std::vector<InstructionSet> instruction_sets() {
+    std::vector<InstructionSet> sets;
+#if defined(SKNODE_X86)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                        __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl");
+    sets.push_back({"avx512", solvers_avx512(), avx512});
+    sets.push_back({"avx2", solvers_avx2(), avx2});
+#endif
+    sets.push_back({"baseline", solvers_baseline(), true});
+    return sets;
+}
+
+// Reads a tuple from front to back; the first error stays.
+class Reader {
+public:
+    explicit Reader(PyObject* tuple) : tuple_(tuple) {
+        if (!PyTuple_Check(tuple)) PyErr_SetString(PyExc_TypeError, "expected a tuple");
+    }
+    PyObject* object() {
+        return PyErr_Occurred() ? nullptr : PyTuple_GetItem(tuple_, next_++);
+    }
+    int64_t integer() {
+        PyObject* x = object();
+        return x ? PyLong_AsLongLong(x) : 0;
+    }
+    double number() {
+        PyObject* x = object();
+        return x ? PyFloat_AsDouble(x) : 0;
+    }
+    void* address() {
+        PyObject* x = object();
+        return x ? PyLong_AsVoidPtr(x) : nullptr;
+    }
+    std::vector<double> numbers() {
+        PyObject* x = object();
+        char* data = nullptr;
+        Py_ssize_t size = 0;
+        if (!x || PyBytes_AsStringAndSize(x, &data, &size) < 0) return {};
+        std::vector<double> values(size / sizeof(double));
+        std::memcpy(values.data(), data, values.size() * sizeof(double));
+        return values;
+    }
+    Py_ssize_t size() const { return PyTuple_Size(tuple_); }
+
+private:
+    PyObject* tuple_;
+    Py_ssize_t next_ = 0;
+};
+
+Model read_model(PyObject* tuple) {
+    Reader reader(tuple);
+    Model model;
+    model.activation = static_cast<Activation>(reader.integer());
+    model.uses_time = reader.integer() != 0;
+    model.dim = reader.integer();
+    while (!PyErr_Occurred() && static_cast<Py_ssize_t>(model.layers.size()) + 3 < reader.size()) {
+        PyObject* item = reader.object();
+        if (!item) break;
+        Reader layer(item);
+        const void* weight = layer.address();
+        const void* bias = layer.address();
+        const int64_t out = layer.integer();
+        model.layers.push_back({weight, bias, out, layer.integer()});
+    }
+    return model;
+}
+
+Tableau read_tableau(PyObject* tuple) {
+    Reader reader(tuple);
+    Tableau tableau;
+    tableau.n_stages = static_cast<int>(reader.integer());
+    tableau.n_extended = static_cast<int>(reader.integer());
+    tableau.degree = static_cast<int>(reader.integer());
+    tableau.n_estimates = static_cast<int>(reader.integer());
+    tableau.a = reader.numbers();
+    tableau.c = reader.numbers();
+    tableau.error = reader.numbers();
+    tableau.dense = reader.numbers();
+    return tableau;
+}
+
+Control read_control(PyObject* tuple) {
+    Reader reader(tuple);
+    Control control;
+    double* numbers[] = {&control.rtol,        &control.atol,       &control.first_step,
+                         &control.min_step,    &control.step_size,  &control.error_order,
+                         &control.pcoeff,      &control.icoeff,     &control.dcoeff,
+                         &control.safety,      &control.factor_min, &control.factor_max};
+    for (double* number : numbers) *number = reader.number();
+    control.n_history = static_cast<int>(reader.integer());
+    control.max_steps = reader.integer();
+    return control;
+}
+
+constexpr const char* RECORDING = "sknode.ode.kernels.Recording";
+
+void destroy_recording(PyObject* capsule) {
+    delete static_cast<Recording*>(PyCapsule_GetPointer(capsule, RECORDING));
+}
+
+PyObject* solve(PyObject*, PyObject* args) {
+    Reader reader(args);
+    const int64_t set = reader.integer();
+    const bool is_double = reader.integer() != 0;
+    PyObject *model = reader.object(), *tableau = reader.object(), *control = reader.object();
+    if (PyErr_Occurred()) return nullptr;
+    Problem p;
+    p.model = read_model(model);
+    p.tableau = read_tableau(tableau);
+    p.control = read_control(control);
+    p.batch = reader.integer(), p.n_times = reader.integer();
+    p.times_stride = reader.integer();
+    p.times = static_cast<const double*>(reader.address());
+    p.y0 = reader.address(), p.y = reader.address();
+    int64_t* counts = static_cast<int64_t*>(reader.address());
+    p.status = counts, p.n_steps = counts + p.batch, p.n_rejected = counts + 2 * p.batch;
+    p.n_dense = counts + 3 * p.batch, p.next_output = counts + 4 * p.batch;
+    p.t_reached = static_cast<double*>(reader.address());
+    p.record = reader.integer() != 0;
+    p.threads = static_cast<int>(reader.integer());
+    if (PyErr_Occurred()) return nullptr;
+    const auto sets = instruction_sets();
+    if (set < 0 || set >= static_cast<int64_t>(sets.size()) || !sets[set].available) {
+        PyErr_SetString(PyExc_ValueError, "instruction set not available");
+        return nullptr;
+    }
+    std::unique_ptr<Recording> recording;
+    bool enough = true;
+    Py_BEGIN_ALLOW_THREADS;
+    try {
+        const Solvers& solvers = sets[set].solvers;
+        recording = is_double ? solvers.in_double(p) : solvers.in_float(p);
+    } catch (const std::bad_alloc&) {
+        enough = false;
+    }
+    Py_END_ALLOW_THREADS;
+    if (!enough) return PyErr_NoMemory();
+    if (!recording) Py_RETURN_NONE;
+    return PyCapsule_New(recording.release(), RECORDING, destroy_recording);
+}
+
+PyObject* reverse(PyObject*, PyObject* args) {
+    Reader reader(args);
+    PyObject* capsule = reader.object();
+    if (!capsule) return nullptr;
+    const auto* recording =
+        static_cast<const Recording*>(PyCapsule_GetPointer(capsule, RECORDING));
+    ReverseProblem p;
+    p.grad = reader.address();
+    p.grad_y0 = reader.address();
+    PyObject* layers = reader.object();
+    p.threads = static_cast<int>(reader.integer());
+    if (PyErr_Occurred()) return nullptr;
+    Reader items(layers);
+    for (Py_ssize_t i = 0; i < items.size(); ++i) {
+        PyObject* item = items.object();
+        if (!item) return nullptr;
+        Reader layer(item);
+        void* weight = layer.address();
+        p.layers.push_back({weight, layer.address()});
+    }
+    if (PyErr_Occurred()) return nullptr;
+    bool enough = true;
+    Py_BEGIN_ALLOW_THREADS;
+    try {
+        recording->reverse(p);
+    } catch (const std::bad_alloc&) {
+        enough = false;
+    }
+    Py_END_ALLOW_THREADS;
+    if (!enough) return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
+PyObject* list_instruction_sets(PyObject*, PyObject*) {
+    const auto sets = instruction_sets();
+    PyObject* result = PyTuple_New(static_cast<Py_ssize_t>(sets.size()));
+    if (!result) return nullptr;
+    for (size_t i = 0; i < sets.size(); ++i) {
+        PyObject* item = Py_BuildValue("(sO)", sets[i].name,
+                                       sets[i].available ? Py_True : Py_False);
+        if (!item || PyTuple_SetItem(result, static_cast<Py_ssize_t>(i), item) < 0) {
+            Py_DECREF(result);
+            return nullptr;
+        }
+    }
+    return result;
+}
+
+PyMethodDef methods[] = {
+    {"solve", solve, METH_VARARGS, "Solve a batch; return its recording or None."},
+    {"reverse", reverse, METH_VARARGS, "Go back over the steps of a recording."},
+    {"instruction_sets", list_instruction_sets, METH_NOARGS,
+     "List (name, available), the fastest first."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "_native", "Fused kernels.", 0, methods, nullptr, nullptr, nullptr,
+    nullptr,
+};
+
+}  // namespace
+}  // namespace sknode
+
+PyMODINIT_FUNC PyInit__native() { return PyModule_Create(&sknode::definition); }

@@ -1,0 +1,403 @@
+// The multilayer perceptron on a tile of samples: values, vector-Jacobian products,
+// parameter gradients.
+//
+// A tile has LANES samples. Everything about it is stored lane by lane within a row:
+// an array of n values a sample has shape (n, LANES). A product with a matrix is then
+// multiply-adds of whole registers with one weight each, and no lane sees another.
+
+constexpr int LANES = 16;
+
+// How many registers of a row, and how many rows, a product keeps in registers.
+template <class T>
+constexpr int GROUP = LANES / width<T> < 2 ? LANES / width<T> : 2;
+template <class T>
+constexpr int ROWS = SKNODE_REGISTERS == 32 ? 20 / GROUP<T> : 10 / GROUP<T>;
+
+// Memory for a thread, aligned, given out piece by piece.
+template <class T>
+class Arena {
+public:
+    T* take(int64_t n) {
+        const int64_t rounded = (n + 63) / 64 * 64;
+        blocks_.emplace_back(new char[rounded * sizeof(T) + 64]);
+        auto address = reinterpret_cast<uintptr_t>(blocks_.back().get());
+        T* p = reinterpret_cast<T*>((address + 63) / 64 * 64);
+        std::memset(static_cast<void*>(p), 0, rounded * sizeof(T));
+        return p;
+    }
+
+private:
+    std::vector<std::unique_ptr<char[]>> blocks_;
+};
+
+// A matrix in blocks of ROWS rows, column by column within a block, as products read it.
+template <class T>
+struct Matrix {
+    int64_t rows = 0, cols = 0;
+    std::vector<T> data;
+
+    Matrix(int64_t rows, int64_t cols) : rows(rows), cols(cols), data(rows * cols) {}
+
+    T& at(int64_t row, int64_t col) {
+        const int64_t first = row / ROWS<T> * ROWS<T>;
+        const int64_t height = std::min<int64_t>(ROWS<T>, rows - first);
+        return data[first * cols + col * height + (row - first)];
+    }
+};
+
+struct Keep {
+    template <class V>
+    V operator()(V z) const {
+        return z;
+    }
+};
+
+template <Activation A, class T>
+struct Activate {
+    Vec<T> operator()(Vec<T> z) const { return activate<A, T>(z); }
+};
+
+// R rows of `after(matrix * x + bias)`; `argument` gets what `after` was given.
+template <int R, class T, class After>
+static inline void product_block(const T* w, const T* bias, const T* x, int64_t cols,
+                                 T* out, T* argument, After after) {
+    constexpr int W = width<T>, G = GROUP<T>;
+    // few rows would wait for one another: take two columns at a time
+    constexpr int CHAINS = R * G < 4 ? 2 : 1;
+    for (int g = 0; g < LANES; g += G * W) {
+        Vec<T> sum[CHAINS][R][G];
+        for (int r = 0; r < R; ++r)
+            for (int i = 0; i < G; ++i) {
+                sum[0][r][i] = broadcast<T>(bias ? bias[r] : T(0));
+                if constexpr (CHAINS > 1) sum[1][r][i] = Vec<T>{};
+            }
+        int64_t k = 0;
+        for (; k + CHAINS <= cols; k += CHAINS)
+            for (int c = 0; c < CHAINS; ++c) {
+                const T* xk = x + (k + c) * LANES + g;
+                const T* wk = w + (k + c) * R;
+                Vec<T> value[G];
+                for (int i = 0; i < G; ++i) value[i] = load(xk + i * W);
+                for (int r = 0; r < R; ++r)
+                    for (int i = 0; i < G; ++i) sum[c][r][i] += value[i] * wk[r];
+            }
+        if constexpr (CHAINS > 1) {
+            if (k < cols)
+                for (int r = 0; r < R; ++r)
+                    for (int i = 0; i < G; ++i)
+                        sum[0][r][i] += load(x + k * LANES + g + i * W) * w[k * R + r];
+            for (int r = 0; r < R; ++r)
+                for (int i = 0; i < G; ++i) sum[0][r][i] += sum[1][r][i];
+        }
+        for (int r = 0; r < R; ++r)
+            for (int i = 0; i < G; ++i) {
+                const int64_t at = r * LANES + g + i * W;
+                if (argument) store(argument + at, sum[0][r][i]);
+                store(out + at, after(sum[0][r][i]));
+            }
+    }
+}
+
+template <int R, class T, class After>
+static void product_rest(int64_t rows, const T* w, const T* bias, const T* x,
+                         int64_t cols, T* out, T* argument, After after) {
+    if constexpr (R > 0) {
+        if (rows == R)
+            product_block<R>(w, bias, x, cols, out, argument, after);
+        else
+            product_rest<R - 1>(rows, w, bias, x, cols, out, argument, after);
+    }
+}
+
+// out = after(matrix * x + bias), on (rows, LANES) and (cols, LANES).
+template <class T, class After>
+static void product(const Matrix<T>& m, const T* bias, const T* x, T* out, T* argument,
+                    After after) {
+    for (int64_t first = 0; first < m.rows; first += ROWS<T>) {
+        const int64_t rows = std::min<int64_t>(ROWS<T>, m.rows - first);
+        const T* w = m.data.data() + first * m.cols;
+        T* to = out + first * LANES;
+        T* keep = argument ? argument + first * LANES : nullptr;
+        const T* b = bias ? bias + first : nullptr;
+        if (rows == ROWS<T>)
+            product_block<ROWS<T>>(w, b, x, m.cols, to, keep, after);
+        else
+            product_rest<ROWS<T> - 1>(rows, w, b, x, m.cols, to, keep, after);
+    }
+}
+
+// Turn a block of width x width values around: rows become columns.
+template <class T, int S, int... E>
+static inline void turn_pairs(Vec<T>* rows, std::integer_sequence<int, E...>) {
+    constexpr int W = width<T>;
+    if constexpr (S < W) {
+        for (int i = 0; i < W; ++i) {
+            if (i & S) continue;
+            const Vec<T> a = rows[i], b = rows[i + S];
+            rows[i] = __builtin_shufflevector(a, b, ((E & S) == 0 ? E : W + E - S)...);
+            rows[i + S] = __builtin_shufflevector(a, b, ((E & S) == 0 ? E + S : W + E)...);
+        }
+        turn_pairs<T, S * 2>(rows, std::integer_sequence<int, E...>{});
+    }
+}
+
+// Copy (n, LANES) to (LANES, stride), stride a multiple of the register's width.
+template <class T>
+static void turn(const T* from, int64_t n, T* to, int64_t stride) {
+    constexpr int W = width<T>;
+    for (int64_t i = 0; i < n; i += W)
+        for (int g = 0; g < LANES; g += W) {
+            Vec<T> rows[W];
+            for (int r = 0; r < W; ++r)
+                rows[r] = i + r < n ? load(from + (i + r) * LANES + g) : Vec<T>{};
+            turn_pairs<T, 1>(rows, std::make_integer_sequence<int, W>{});
+            for (int r = 0; r < W; ++r) store(to + (g + r) * stride + i, rows[r]);
+        }
+}
+
+// gradient (R rows, N registers) += sum over stages and lanes of delta * x.
+template <int R, int N, class T>
+static inline void outer_block(const T* delta, int64_t delta_stage, const T* x,
+                               int64_t stride, int n_stages, T* gradient) {
+    constexpr int W = width<T>;
+    Vec<T> sum[R][N];
+    for (int r = 0; r < R; ++r)
+        for (int i = 0; i < N; ++i) sum[r][i] = load(gradient + r * stride + i * W);
+    for (int s = 0; s < n_stages; ++s) {
+        const T* d = delta + s * delta_stage;
+        for (int lane = 0; lane < LANES; ++lane) {
+            Vec<T> value[N];
+            for (int i = 0; i < N; ++i) value[i] = load(x + i * W);
+            for (int r = 0; r < R; ++r)
+                for (int i = 0; i < N; ++i) sum[r][i] += value[i] * d[r * LANES + lane];
+            x += stride;
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int i = 0; i < N; ++i) store(gradient + r * stride + i * W, sum[r][i]);
+}
+
+template <int N, class T>
+static void outer_column(int64_t rows, const T* delta, int64_t delta_stage, const T* x,
+                         int64_t stride, int n_stages, T* gradient) {
+    constexpr int R = SKNODE_REGISTERS == 32 ? 8 : 4;
+    int64_t r = 0;
+    for (; r + R <= rows; r += R)
+        outer_block<R, N>(delta + r * LANES, delta_stage, x, stride, n_stages,
+                          gradient + r * stride);
+    for (; r + 2 <= rows; r += 2)
+        outer_block<2, N>(delta + r * LANES, delta_stage, x, stride, n_stages,
+                          gradient + r * stride);
+    for (; r < rows; ++r)
+        outer_block<1, N>(delta + r * LANES, delta_stage, x, stride, n_stages,
+                          gradient + r * stride);
+}
+
+// The gradient of one layer, summed over the samples of a chunk.
+template <class T>
+struct LayerSum {
+    int64_t rows, cols, stride;
+    bool turned;  // whether the sum runs along registers of inputs or of lanes
+    T *weight, *bias;
+
+    LayerSum(int64_t rows, int64_t cols, Arena<T>& arena) : rows(rows), cols(cols) {
+        stride = (cols + width<T> - 1) / width<T> * width<T>;
+        // turning the inputs pays where there are many outputs and many inputs
+        turned = rows >= 8 && cols > width<T> / 2;
+        weight = arena.take(rows * stride);
+        bias = arena.take(rows);
+    }
+
+    // Add the stages of a step: delta (stages, rows, LANES), x (stages, x_stage).
+    void add(const T* delta, int64_t delta_stage, const T* x, int64_t x_stage, int n_stages,
+             T* scratch) {
+        for (int64_t r = 0; r < rows; ++r) {
+            Vec<T> sum{};
+            for (int s = 0; s < n_stages; ++s)
+                for (int g = 0; g < LANES; g += width<T>)
+                    sum += load(delta + s * delta_stage + r * LANES + g);
+            bias[r] += total<T>(sum);
+        }
+        if (turned) {
+            for (int s = 0; s < n_stages; ++s)
+                turn(x + s * x_stage, cols, scratch + s * LANES * stride, stride);
+            constexpr int W = width<T>;
+            int64_t c = 0;
+            for (; c + 2 * W <= stride; c += 2 * W)
+                outer_column<2>(rows, delta, delta_stage, scratch + c, stride, n_stages,
+                                weight + c);
+            for (; c < stride; c += W)
+                outer_column<1>(rows, delta, delta_stage, scratch + c, stride, n_stages,
+                                weight + c);
+            return;
+        }
+        for (int64_t r = 0; r < rows; ++r)
+            for (int64_t c = 0; c < cols; ++c) {
+                Vec<T> sum{};
+                for (int s = 0; s < n_stages; ++s)
+                    for (int g = 0; g < LANES; g += width<T>)
+                        sum += load(delta + s * delta_stage + r * LANES + g) *
+                               load(x + s * x_stage + c * LANES + g);
+                weight[r * stride + c] += total<T>(sum);
+            }
+    }
+};
+
+// The network of a solve, its weights laid out for products; the constants of the
+// activation are folded into them: a(z) = scale * kernel(factor * z) + shift.
+template <class T>
+class Network {
+public:
+    int64_t dim, inputs;  // with time, inputs = dim + 1
+    bool uses_time;
+    std::vector<Matrix<T>> forward, backward;
+    std::vector<std::vector<T>> bias;
+    Activation activation;
+
+    explicit Network(const Model& model)
+        : dim(model.dim), inputs(model.dim + model.uses_time), uses_time(model.uses_time),
+          activation(model.activation), layers_(model.layers) {
+        const bool tanh = activation == Activation::tanh;
+        factor_ = tanh ? 2 : 1, scale_ = tanh ? 2 : 1, shift_ = tanh ? -1 : 0;
+        for (size_t l = 0; l < layers_.size(); ++l) add_layer(l);
+    }
+
+    size_t depth() const { return layers_.size(); }
+    int64_t out(size_t layer) const { return layers_[layer].out; }
+    int64_t in(size_t layer) const { return layers_[layer].in; }
+    int64_t widest() const {
+        int64_t n = 1;
+        for (const Layer& layer : layers_) n = std::max({n, layer.in, layer.out});
+        return n;
+    }
+
+    // Bring the sums back to the gradients of the layers as the user has them.
+    void unfold(const std::vector<LayerSum<T>>& sums,
+                const std::vector<LayerGradient>& gradients) const {
+        for (size_t l = 0; l < depth(); ++l) {
+            const LayerSum<T>& sum = sums[l];
+            const T outer = l + 1 < depth() ? factor_ : 1, inner = l > 0 ? scale_ : 1;
+            T* weight = static_cast<T*>(gradients[l].weight);
+            T* bias = static_cast<T*>(gradients[l].bias);
+            for (int64_t r = 0; r < sum.rows; ++r) {
+                const T b = sum.bias[r] * outer;
+                if (bias) bias[r] = b;
+                for (int64_t c = 0; c < sum.cols; ++c)
+                    weight[r * sum.cols + c] = sum.weight[r * sum.stride + c] * (outer * inner) +
+                                               (l > 0 ? b * shift_ : T(0));
+            }
+        }
+    }
+
+private:
+    std::vector<Layer> layers_;
+    T factor_, scale_, shift_;
+
+    void add_layer(size_t l) {
+        const Layer& layer = layers_[l];
+        const T* weight = static_cast<const T*>(layer.weight);
+        const T* b = static_cast<const T*>(layer.bias);
+        const T outer = l + 1 < layers_.size() ? factor_ : 1, inner = l > 0 ? scale_ : 1;
+        const int64_t back = l == 0 ? dim : layer.in;  // no cotangent of time
+        forward.emplace_back(layer.out, layer.in);
+        backward.emplace_back(back, layer.out);
+        bias.emplace_back(layer.out);
+        for (int64_t r = 0; r < layer.out; ++r) {
+            T sum = 0;
+            for (int64_t c = 0; c < layer.in; ++c) {
+                const T w = weight[r * layer.in + c];
+                sum += w;
+                forward[l].at(r, c) = w * (outer * inner);
+                if (c < back) backward[l].at(c, r) = w * (outer * inner);
+            }
+            bias[l][r] = ((b ? b[r] : T(0)) + (l > 0 ? shift_ * sum : T(0))) * outer;
+        }
+    }
+};
+
+// A thread's memory for evaluating a network on one tile.
+template <Activation A, class T>
+class Evaluator {
+public:
+    Evaluator(const Network<T>& network, int n_stages, bool reverse)
+        : net_(network), n_stages_(n_stages) {
+        const int64_t widest = network.widest() * LANES;
+        ping_ = arena_.take(widest), pong_ = arena_.take(widest);
+        if (!reverse) return;
+        const size_t hidden = network.depth() - 1;
+        for (size_t l = 0; l < hidden; ++l) {
+            const int64_t n = network.out(l) * LANES * n_stages;
+            values_.push_back(arena_.take(n));
+            arguments_.push_back(keeps_argument<A> ? arena_.take(n) : nullptr);
+            deltas_.push_back(arena_.take(n));
+        }
+        turned_ = arena_.take((network.widest() + width<T>) * LANES * n_stages);
+    }
+
+    // slope = f(x) on (inputs, LANES).
+    void evaluate(const T* x, T* slope) {
+        const size_t last = net_.depth() - 1;
+        for (size_t l = 0; l < last; ++l) {
+            T* out = l % 2 ? pong_ : ping_;
+            product(net_.forward[l], net_.bias[l].data(), x, out, static_cast<T*>(nullptr),
+                    Activate<A, T>{});
+            x = out;
+        }
+        product(net_.forward[last], net_.bias[last].data(), x, slope,
+                static_cast<T*>(nullptr), Keep{});
+    }
+
+    // The same; keep what the reverse of this stage needs.
+    void linearize(int stage, const T* x, T* slope) {
+        const size_t last = net_.depth() - 1;
+        for (size_t l = 0; l < last; ++l) {
+            T* out = at(values_[l], l, stage);
+            T* argument = keeps_argument<A> ? at(arguments_[l], l, stage) : nullptr;
+            product(net_.forward[l], net_.bias[l].data(), x, out, argument,
+                    Activate<A, T>{});
+            x = out;
+        }
+        product(net_.forward[last], net_.bias[last].data(), x, slope,
+                static_cast<T*>(nullptr), Keep{});
+    }
+
+    // out (dim, LANES) = (df/dx)^T cotangent at a stage.
+    void pullback(int stage, const T* cotangent, T* out) {
+        const T* delta = cotangent;
+        for (size_t l = net_.depth() - 1; l > 0; --l) {
+            T* to = at(deltas_[l - 1], l - 1, stage);
+            product(net_.backward[l], static_cast<const T*>(nullptr), delta, to,
+                    static_cast<T*>(nullptr), Keep{});
+            const T* kept =
+                at(keeps_argument<A> ? arguments_[l - 1] : values_[l - 1], l - 1, stage);
+            for (int64_t i = 0; i < net_.out(l - 1) * LANES; i += width<T>)
+                store(to + i, load(to + i) * slope<A, T>(load(kept + i)));
+            delta = to;
+        }
+        product(net_.backward[0], static_cast<const T*>(nullptr), delta, out,
+                static_cast<T*>(nullptr), Keep{});
+    }
+
+    // Add the parameter gradients of n stages: states (stages, inputs, LANES),
+    // cotangents (stages, dim, LANES).
+    void accumulate(std::vector<LayerSum<T>>& sums, const T* states, const T* cotangents,
+                    int n) {
+        const size_t last = net_.depth() - 1;
+        for (size_t l = 0; l <= last; ++l) {
+            const T* delta = l < last ? deltas_[l] : cotangents;
+            const T* x = l > 0 ? values_[l - 1] : states;
+            sums[l].add(delta, net_.out(l) * LANES, x, net_.in(l) * LANES, n, turned_);
+        }
+    }
+
+private:
+    const Network<T>& net_;
+    int n_stages_;
+    Arena<T> arena_;
+    T *ping_, *pong_, *turned_ = nullptr;
+    std::vector<T*> values_, arguments_, deltas_;
+
+    T* at(T* memory, size_t layer, int stage) const {
+        return memory + stage * net_.out(layer) * LANES;
+    }
+};

@@ -1,0 +1,94 @@
+// What a solve is given and what it leaves behind: plain data, the same for every
+// instruction set.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+namespace sknode {
+
+enum class Activation : int { sigmoid = 0, tanh = 1, softplus = 2, silu = 3, elu = 4, relu = 5 };
+
+enum Status : int64_t { success = 0, max_steps = 1, step_too_small = 2, non_finite = 3 };
+
+// A linear layer as torch stores it: weight (out, in) row by row, bias (out,) or null.
+struct Layer {
+    const void* weight;
+    const void* bias;
+    int64_t out, in;
+};
+
+struct Model {
+    std::vector<Layer> layers;
+    Activation activation;
+    bool uses_time;  // the last input of the first layer is time
+    int64_t dim;
+};
+
+struct Tableau {
+    int n_stages, n_extended, degree, n_estimates;
+    std::vector<double> a;      // (n_extended, n_extended)
+    std::vector<double> c;      // (n_extended,)
+    std::vector<double> error;  // (n_estimates, n_stages)
+    std::vector<double> dense;  // (n_extended, degree)
+};
+
+struct Control {
+    double rtol, atol;
+    double first_step;  // not positive: chosen
+    double min_step;
+    double step_size;  // not positive: adaptive steps
+    double error_order;
+    double pcoeff, icoeff, dcoeff, safety, factor_min, factor_max;
+    int n_history;
+    int64_t max_steps;
+};
+
+struct Problem {
+    Model model;
+    Tableau tableau;
+    Control control;
+    int64_t batch, n_times;
+    int64_t times_stride;  // 0: one grid for all samples
+    const double* times;   // ascending or descending rows
+    const void* y0;        // (batch, dim)
+    void* y;               // (batch, n_times, dim)
+    int64_t *status, *n_steps, *n_rejected, *n_dense, *next_output;  // (batch,)
+    double* t_reached;                                               // (batch,)
+    bool record;
+    int threads;
+};
+
+struct LayerGradient {
+    void* weight;
+    void* bias;  // or null
+};
+
+struct ReverseProblem {
+    const void* grad;  // (batch, n_times, dim)
+    void* grad_y0;     // (batch, dim)
+    std::vector<LayerGradient> layers;
+    int threads;
+};
+
+// The steps of a solve, kept for going back over them.
+struct Recording {
+    virtual ~Recording() = default;
+    virtual void reverse(const ReverseProblem& problem) const = 0;
+};
+
+// Solves the problem; returns its recording, empty unless one was asked for.
+using Solver = std::unique_ptr<Recording> (*)(const Problem&);
+
+struct Solvers {
+    Solver in_float, in_double;
+};
+
+Solvers solvers_baseline();
+#if defined(SKNODE_X86)
+Solvers solvers_avx2();
+Solvers solvers_avx512();
+#endif
+
+}  // namespace sknode

@@ -1,0 +1,177 @@
+// Vectors of one register, and the functions that activations need.
+//
+// Included once for every instruction set, in a namespace of its own. GCC's and
+// clang's vector extensions serve: no intrinsics.
+
+template <class T>
+struct Simd;
+
+template <>
+struct Simd<float> {
+    typedef float V __attribute__((vector_size(SKNODE_VECTOR_BYTES), may_alias));
+    typedef int32_t I __attribute__((vector_size(SKNODE_VECTOR_BYTES), may_alias));
+};
+
+template <>
+struct Simd<double> {
+    typedef double V __attribute__((vector_size(SKNODE_VECTOR_BYTES), may_alias));
+    typedef int64_t I __attribute__((vector_size(SKNODE_VECTOR_BYTES), may_alias));
+};
+
+template <class T>
+using Vec = typename Simd<T>::V;
+
+template <class T>
+constexpr int width = SKNODE_VECTOR_BYTES / sizeof(T);
+
+template <class T>
+static inline Vec<T> load(const T* p) {
+    return *reinterpret_cast<const Vec<T>*>(p);
+}
+
+template <class T>
+static inline void store(T* p, Vec<T> v) {
+    *reinterpret_cast<Vec<T>*>(p) = v;
+}
+
+template <class T>
+static inline Vec<T> broadcast(T x) {
+    return Vec<T>{} + x;
+}
+
+template <class T>
+static inline Vec<T> magnitude(Vec<T> x) {
+    return x < 0 ? -x : x;
+}
+
+// What is not a number stays so.
+template <class T>
+static inline Vec<T> larger(Vec<T> x, Vec<T> y) {
+    return y > x ? y : x;
+}
+
+// The sum of a register, always in the same order.
+template <class T>
+static inline T total(Vec<T> v) {
+    T part[width<T>];
+    std::memcpy(part, &v, sizeof(v));
+    for (int n = width<T> / 2; n > 0; n /= 2)
+        for (int i = 0; i < n; ++i) part[i] += part[i + n];
+    return part[0];
+}
+
+// exp by reduction to |r| <= log(2) / 2 and a polynomial; the relative error is about
+// one unit in the last place. Arguments beyond the range give its ends.
+static inline Vec<float> exponential(Vec<float> x) {
+    const auto lo = broadcast<float>(-87.33f), hi = broadcast<float>(88.37f);
+    x = x < lo ? lo : x;
+    x = x > hi ? hi : x;
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    Vec<float> shifted = x * 1.44269504088896341f + magic;
+    Vec<float> n = shifted - magic;
+    Vec<float> r = x - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    Vec<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    auto bits = (reinterpret_cast<Simd<float>::I&>(shifted) << 23) + (127 << 23);
+    return p * reinterpret_cast<Vec<float>&>(bits);
+}
+
+static inline Vec<double> exponential(Vec<double> x) {
+    const auto lo = broadcast<double>(-708.39), hi = broadcast<double>(709.43);
+    x = x < lo ? lo : x;
+    x = x > hi ? hi : x;
+    const double magic = 6755399441055744.0;  // 1.5 * 2^52
+    Vec<double> shifted = x * 1.4426950408889634074 + magic;
+    Vec<double> n = shifted - magic;
+    Vec<double> r = x - n * 6.93145751953125e-1;
+    r = r - n * 1.42860682030941723212e-6;
+    Vec<double> p = r * (1.0 / 6227020800.0) + 1.0 / 479001600.0;
+    p = p * r + 1.0 / 39916800.0;
+    p = p * r + 1.0 / 3628800.0;
+    p = p * r + 1.0 / 362880.0;
+    p = p * r + 1.0 / 40320.0;
+    p = p * r + 1.0 / 5040.0;
+    p = p * r + 1.0 / 720.0;
+    p = p * r + 1.0 / 120.0;
+    p = p * r + 1.0 / 24.0;
+    p = p * r + 1.0 / 6.0;
+    p = p * r + 0.5;
+    p = p * (r * r) + r + 1.0;
+    auto bits = (reinterpret_cast<Simd<double>::I&>(shifted) << 52) +
+                (static_cast<int64_t>(1023) << 52);
+    return p * reinterpret_cast<Vec<double>&>(bits);
+}
+
+template <class T>
+static inline Vec<T> logistic(Vec<T> x) {
+    return T(1) / (T(1) + exponential(-x));
+}
+
+// log(1 + u) for u in [0, 1], by the series of the inverse hyperbolic tangent.
+template <class T>
+static inline Vec<T> log_one_plus(Vec<T> u) {
+    const Vec<T> zero{};
+    auto high = u > T(0.41421356237309505);
+    Vec<T> f = high ? (u - T(1)) * T(0.5) : u;
+    Vec<T> s = f / (T(2) + f), z = s * s;
+    Vec<T> p;
+    if (sizeof(T) == 4) {
+        p = z * T(1.0 / 11) + T(1.0 / 9);
+    } else {
+        p = z * T(1.0 / 23) + T(1.0 / 21);
+        p = p * z + T(1.0 / 19);
+        p = p * z + T(1.0 / 17);
+        p = p * z + T(1.0 / 15);
+        p = p * z + T(1.0 / 13);
+        p = p * z + T(1.0 / 11);
+        p = p * z + T(1.0 / 9);
+    }
+    p = p * z + T(1.0 / 7);
+    p = p * z + T(1.0 / 5);
+    p = p * z + T(1.0 / 3);
+    p = p * z + T(1);
+    return T(2) * s * p + (high ? zero + T(0.69314718055994530942) : zero);
+}
+
+// Activations. `value` is what the next layer gets, `slope` the derivative, from the
+// value where that is enough, else from the argument, which is then kept.
+template <Activation A>
+constexpr bool keeps_argument = A == Activation::softplus || A == Activation::silu;
+
+template <Activation A, class T>
+static inline Vec<T> activate(Vec<T> z) {
+    if constexpr (A == Activation::sigmoid || A == Activation::tanh) {
+        return logistic<T>(z);  // the constants of tanh are in the weights
+    } else if constexpr (A == Activation::softplus) {
+        Vec<T> u = exponential(z < 0 ? z : -z);
+        return z > T(20) ? z : (z < 0 ? Vec<T>{} : z) + log_one_plus<T>(u);
+    } else if constexpr (A == Activation::silu) {
+        return z * logistic<T>(z);
+    } else if constexpr (A == Activation::elu) {
+        return z > 0 ? z : exponential(z) - T(1);
+    } else {
+        return z < 0 ? Vec<T>{} : z;
+    }
+}
+
+template <Activation A, class T>
+static inline Vec<T> slope(Vec<T> x) {
+    const Vec<T> zero{}, one = zero + T(1);
+    if constexpr (A == Activation::sigmoid || A == Activation::tanh) {
+        return x * (one - x);
+    } else if constexpr (A == Activation::softplus) {
+        return x > T(20) ? one : logistic<T>(x);
+    } else if constexpr (A == Activation::silu) {
+        Vec<T> s = logistic<T>(x);
+        return s * (one + x * (one - s));
+    } else if constexpr (A == Activation::elu) {
+        return x > 0 ? one : x + one;
+    } else {
+        return x > 0 ? one : zero;
+    }
+}

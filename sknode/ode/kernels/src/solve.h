@@ -1,0 +1,710 @@
+// A solve of one tile of samples, each lane with its own time, step size and fate, and
+// the reverse of its steps. The numbers are those of integrate.py and gradients.py,
+// which say why; here only how.
+
+// The smallest step worth taking, relative to the time.
+constexpr double RESOLUTION = 4 * 2.220446049250313e-16;
+
+// The accepted steps of a tile, every lane's own one after another.
+template <class T>
+struct TileRecord {
+    int64_t counts[LANES] = {};
+    int64_t size = 0;              // slots in use: the largest count
+    std::vector<T> y;              // (size, dim, LANES), at the start of the step
+    std::vector<double> t, t1;     // (size, LANES), ascending
+    std::vector<int64_t> outputs;  // (size, LANES), the first output time of the step
+    int64_t first_held[LANES] = {};  // output times from here hold the last state
+    int64_t first_output[LANES] = {};  // those before here hold the first
+
+    void add(const bool* moved, const T* state, int64_t dim, const double* start,
+             const double* end, const int64_t* output) {
+        for (int l = 0; l < LANES; ++l) {
+            if (!moved[l]) continue;
+            const int64_t slot = counts[l]++;
+            if (slot == size) grow(dim);
+            T* to = y.data() + slot * dim * LANES + l;
+            for (int64_t i = 0; i < dim; ++i) to[i * LANES] = state[i * LANES + l];
+            t[slot * LANES + l] = start[l];
+            t1[slot * LANES + l] = end[l];
+            outputs[slot * LANES + l] = output[l];
+        }
+    }
+
+private:
+    void grow(int64_t dim) {
+        ++size;
+        y.resize(size * dim * LANES);
+        t.resize(size * LANES), t1.resize(size * LANES);
+        outputs.resize(size * LANES);
+    }
+};
+
+template <class T>
+struct Coefficients {
+    int n_stages, n_extended, degree, n_estimates;
+    std::vector<T> a, error, dense;
+    std::vector<double> c;
+
+    explicit Coefficients(const Tableau& x)
+        : n_stages(x.n_stages), n_extended(x.n_extended), degree(x.degree),
+          n_estimates(x.n_estimates), a(x.a.begin(), x.a.end()),
+          error(x.error.begin(), x.error.end()), dense(x.dense.begin(), x.dense.end()),
+          c(x.c) {}
+
+    const T* row(int stage) const { return a.data() + stage * n_extended; }
+};
+
+// The times of a sample, made to ascend.
+struct Times {
+    const double* values;
+    double sign;
+    int64_t n;
+
+    Times(const Problem& p, int64_t sample)
+        : values(p.times + sample * p.times_stride), n(p.n_times) {
+        sign = values[n - 1] < values[0] ? -1.0 : 1.0;
+    }
+    double operator[](int64_t i) const { return values[i] * sign; }
+};
+
+// The time of a stage: the ends exactly, and never beyond them.
+static inline double stage_time(double c, double t, double t1) {
+    if (c == 1.0) return t1;
+    const double at = t + c * (t1 - t);
+    return std::min(std::max(at, std::min(t, t1)), std::max(t, t1));
+}
+
+template <Activation A, class T>
+class TileSolver {
+public:
+    TileSolver(const Problem& problem, const Network<T>& network, const Coefficients<T>& rk)
+        : p_(problem), net_(network), rk_(rk), dim_(network.dim),
+          size_(network.dim * LANES), evaluator_(network, 1, false) {
+        const int64_t wide = network.inputs * LANES;
+        y_ = arena_.take(size_), slope_ = arena_.take(size_), y1_ = arena_.take(wide);
+        slope1_ = arena_.take(size_), state_ = arena_.take(wide);
+        k_ = arena_.take(size_ * rk.n_extended);
+        polynomial_ = arena_.take(size_ * std::max(rk.degree, 1));
+        h_ = arena_.take(LANES);
+    }
+
+    // Solve the samples from `first` on; record their steps on request.
+    void solve(int64_t first, TileRecord<T>* record) {
+        first_ = first;
+        n_ = static_cast<int>(std::min<int64_t>(LANES, p_.batch - first));
+        start();
+        for (int64_t attempt = 0; any_running(); ++attempt) {
+            if (attempt == p_.control.max_steps) {
+                for (int l = 0; l < n_; ++l)
+                    if (running_[l]) status_[l] = Status::max_steps;
+                break;
+            }
+            step(record);
+        }
+        finish(record);
+    }
+
+private:
+    const Problem& p_;
+    const Network<T>& net_;
+    const Coefficients<T>& rk_;
+    const int64_t dim_, size_;
+    Evaluator<A, T> evaluator_;
+    Arena<T> arena_;
+    T *y_, *slope_, *y1_, *slope1_, *state_, *k_, *polynomial_, *h_;
+    int64_t first_ = 0;
+    int n_ = 0;
+    bool running_[LANES], accepted_[LANES], started_[LANES];
+    double t_[LANES], t_end_[LANES], near_end_[LANES], floor_[LANES], next_[LANES];
+    double sign_[LANES], t1_[LANES], length_[LANES], history_[LANES][2];
+    int64_t status_[LANES], n_steps_[LANES], n_rejected_[LANES], n_dense_[LANES];
+    int64_t output_[LANES], first_output_[LANES];
+
+    bool any_running() const {
+        for (int l = 0; l < LANES; ++l)
+            if (running_[l]) return true;
+        return false;
+    }
+
+    T* output(int lane, int64_t column) const {
+        return static_cast<T*>(p_.y) + ((first_ + lane) * p_.n_times + column) * dim_;
+    }
+
+    void write_state(int lane, int64_t column) const {
+        T* to = output(lane, column);
+        for (int64_t i = 0; i < dim_; ++i) to[i] = y_[i * LANES + lane];
+    }
+
+    // Put the times of an evaluation in the last row of its input.
+    void set_time(T* input, int lane, double ascending) const {
+        if (net_.uses_time)
+            input[dim_ * LANES + lane] = static_cast<T>(ascending * sign_[lane]);
+    }
+
+    void start() {
+        const T* y0 = static_cast<const T*>(p_.y0);
+        for (int l = 0; l < LANES; ++l) {
+            const int64_t sample = first_ + (l < n_ ? l : 0);
+            const Times times(p_, sample);
+            sign_[l] = times.sign;
+            t_[l] = times[0], t_end_[l] = l < n_ ? times[times.n - 1] : times[0];
+            status_[l] = n_steps_[l] = n_rejected_[l] = n_dense_[l] = 0;
+            history_[l][0] = history_[l][1] = 1.0;
+            started_[l] = false;
+            int64_t at_start = 0;
+            while (at_start < times.n && times[at_start] == times[0]) ++at_start;
+            output_[l] = std::min(at_start, times.n - 1);
+            first_output_[l] = at_start;
+            for (int64_t i = 0; i < dim_; ++i)
+                y_[i * LANES + l] = l < n_ ? y0[sample * dim_ + i] : T(0);
+            if (l < n_)
+                for (int64_t c = 0; c < times.n; ++c) write_state(l, c);
+            std::memcpy(state_, y_, size_ * sizeof(T));
+            set_time(state_, l, t_[l]);
+        }
+        std::memcpy(state_, y_, size_ * sizeof(T));
+        evaluator_.evaluate(state_, slope_);
+        for (int l = 0; l < LANES; ++l) {
+            bool good = true;
+            for (int64_t i = 0; i < dim_; ++i)
+                good = good && std::isfinite(y_[i * LANES + l]) &&
+                       std::isfinite(slope_[i * LANES + l]);
+            const double interval = t_end_[l] - t_[l];
+            if (!good) {
+                for (int64_t i = 0; i < dim_; ++i)
+                    y_[i * LANES + l] = slope_[i * LANES + l] = T(0);
+                if (interval > 0) status_[l] = Status::non_finite;
+                t_end_[l] = t_[l];
+            }
+            const Control& control = p_.control;
+            const double least = std::max(control.min_step, 2.2250738585072014e-308);
+            floor_[l] = std::max(interval * (1e-3 * 2.220446049250313e-16), least);
+            const double largest = std::max(std::fabs(t_[l]), std::fabs(t_end_[l]));
+            const double slack = 1e-6 * std::max(control.step_size, 0.0);
+            near_end_[l] = t_end_[l] - std::max(4 * RESOLUTION * largest, slack);
+            running_[l] = t_[l] < t_end_[l];
+        }
+        first_step();
+    }
+
+    // Root mean squares over the components of every lane.
+    static void norms(const Vec<T>* squares, int64_t n, double* out) {
+        constexpr int W = width<T>;
+        for (int l = 0; l < LANES; ++l)
+            out[l] = static_cast<double>(std::sqrt(squares[l / W][l % W])) /
+                     std::sqrt(static_cast<double>(n));
+    }
+
+    Vec<T> scale(Vec<T> size) const {
+        const T least = std::max(static_cast<T>(p_.control.atol), std::numeric_limits<T>::min());
+        return size * static_cast<T>(p_.control.rtol) + least;
+    }
+
+    void first_step() {
+        const Control& control = p_.control;
+        if (control.step_size > 0) {
+            std::fill(next_, next_ + LANES, control.step_size);
+            return;
+        }
+        if (control.first_step > 0) {
+            for (int l = 0; l < LANES; ++l)
+                next_[l] = std::min(control.first_step, t_end_[l] - t_[l]);
+            return;
+        }
+        constexpr int W = width<T>;
+        double d0[LANES], d1[LANES], d2[LANES], h0[LANES];
+        Vec<T> s0[LANES / W] = {}, s1[LANES / W] = {}, s2[LANES / W] = {};
+        for (int64_t i = 0; i < dim_; ++i)
+            for (int g = 0; g < LANES / W; ++g) {
+                const int64_t at = i * LANES + g * W;
+                const Vec<T> size = scale(magnitude<T>(load(y_ + at)));
+                const Vec<T> y = load(y_ + at) / size, k = load(slope_ + at) / size;
+                s0[g] += y * y, s1[g] += k * k;
+            }
+        norms(s0, dim_, d0), norms(s1, dim_, d1);
+        for (int l = 0; l < LANES; ++l) {
+            const double interval = t_end_[l] - t_[l];
+            h0[l] = d0[l] < 1e-5 || d1[l] < 1e-5 ? 1e-6 : 0.01 * d0[l] / d1[l];
+            h0[l] = std::min(std::isfinite(h0[l]) ? h0[l] : 1e-6, interval);
+            h_[l] = static_cast<T>(h0[l] * sign_[l]);
+            set_time(state_, l, std::min(t_[l] + h0[l], t_end_[l]));
+        }
+        for (int64_t at = 0; at < size_; at += W)
+            store(state_ + at, load(y_ + at) + load(slope_ + at) * load(h_ + at % LANES));
+        evaluator_.evaluate(state_, slope1_);
+        for (int64_t i = 0; i < dim_; ++i)
+            for (int g = 0; g < LANES / W; ++g) {
+                const int64_t at = i * LANES + g * W;
+                const Vec<T> size = scale(magnitude<T>(load(y_ + at)));
+                const Vec<T> change = (load(slope1_ + at) - load(slope_ + at)) / size;
+                s2[g] += change * change;
+            }
+        norms(s2, dim_, d2);
+        for (int l = 0; l < LANES; ++l) {
+            const double interval = t_end_[l] - t_[l];
+            const double second = d2[l] / h0[l];
+            const double steepest = std::isnan(second) ? second : std::max(d1[l], second);
+            const double h1 = steepest <= 1e-15
+                                  ? std::max(1e-6, h0[l] * 1e-3)
+                                  : std::pow(0.01 / steepest, 1 / control.error_order);
+            double h = std::isnan(h1) ? h1 : std::min(100 * h0[l], h1);
+            h = std::min(std::isfinite(h) ? h : h0[l], interval);
+            next_[l] = std::max(h, floor_[l]);
+        }
+    }
+
+    void step(TileRecord<T>* record) {
+        for (int l = 0; l < LANES; ++l) {
+            t1_[l] = t_[l] + next_[l];
+            if (t1_[l] >= near_end_[l]) t1_[l] = t_end_[l];
+            // lanes that have arrived take steps of length zero
+            length_[l] = running_[l] ? t1_[l] - t_[l] : 0.0;
+            if (!running_[l]) t1_[l] = t_[l];
+            h_[l] = static_cast<T>(length_[l] * sign_[l]);
+        }
+        scale_stage(0, slope_);
+        const int last = rk_.n_stages - 1;
+        for (int i = 1; i < last; ++i) {
+            combine(i, state_);
+            evaluate_stage(i, state_, slope1_);
+        }
+        combine(last, y1_);
+        evaluate_stage(last, y1_, slope1_);
+
+        double ratio[LANES];
+        judge(ratio);
+        bool moved[LANES];
+        int64_t before[LANES];
+        for (int l = 0; l < LANES; ++l) {
+            moved[l] = accepted_[l] && running_[l];
+            before[l] = output_[l];
+        }
+        if (p_.n_times > 2) write_outputs(moved);
+        if (record) record->add(moved, y_, dim_, t_, t1_, before);
+        move(moved);
+        for (int l = 0; l < LANES; ++l)
+            if (running_[l]) choose_next(l, ratio[l], moved[l]);
+    }
+
+    void scale_stage(int stage, const T* slope) {
+        T* k = k_ + stage * size_;
+        for (int64_t at = 0; at < size_; at += width<T>)
+            store(k + at, load(slope + at) * load(h_ + at % LANES));
+    }
+
+    // state = y + sum of the stages so far
+    void combine(int stage, T* state) const {
+        const T* a = rk_.row(stage);
+        for (int64_t at = 0; at < size_; at += width<T>) {
+            Vec<T> sum = load(y_ + at);
+            for (int j = 0; j < stage; ++j) sum += load(k_ + j * size_ + at) * a[j];
+            store(state + at, sum);
+        }
+    }
+
+    void evaluate_stage(int stage, T* state, T* slope) {
+        if (net_.uses_time)
+            for (int l = 0; l < LANES; ++l)
+                set_time(state, l, stage_time(rk_.c[stage], t_[l], t1_[l]));
+        evaluator_.evaluate(state, slope);
+        scale_stage(stage, slope);
+    }
+
+    // The scaled error of every lane, and whether its step is accepted.
+    void judge(double* ratio) {
+        constexpr int W = width<T>;
+        if (p_.control.step_size > 0) {
+            for (int l = 0; l < LANES; ++l) {
+                accepted_[l] = true, ratio[l] = 0.0;
+                for (int64_t i = 0; i < dim_; ++i)
+                    accepted_[l] = accepted_[l] && std::isfinite(y1_[i * LANES + l]);
+            }
+            return;
+        }
+        Vec<T> squares[2][LANES / W] = {};
+        for (int64_t i = 0; i < dim_; ++i)
+            for (int g = 0; g < LANES / W; ++g) {
+                const int64_t at = i * LANES + g * W;
+                const Vec<T> size = scale(
+                    larger<T>(magnitude<T>(load(y_ + at)), magnitude<T>(load(y1_ + at))));
+                for (int e = 0; e < rk_.n_estimates; ++e) {
+                    const T* weights = rk_.error.data() + e * rk_.n_stages;
+                    Vec<T> error{};
+                    for (int j = 0; j < rk_.n_stages; ++j)
+                        error += load(k_ + j * size_ + at) * weights[j];
+                    error = error / size;
+                    squares[e][g] += error * error;
+                }
+            }
+        norms(squares[0], dim_, ratio);
+        if (rk_.n_estimates == 2) {
+            double coarse[LANES];
+            norms(squares[1], dim_, coarse);
+            for (int l = 0; l < LANES; ++l) {
+                const double fine = ratio[l] * ratio[l];
+                ratio[l] = fine / std::sqrt(fine + 0.01 * coarse[l] * coarse[l] + 1e-300);
+            }
+        }
+        for (int l = 0; l < LANES; ++l) {
+            if (std::isnan(ratio[l])) ratio[l] = std::numeric_limits<double>::infinity();
+            accepted_[l] = ratio[l] <= 1;
+        }
+    }
+
+    // Evaluate the dense output where output times fell into a step.
+    void write_outputs(const bool* moved) {
+        bool any = false;
+        for (int l = 0; l < n_; ++l)
+            if (moved[l] && output_[l] < p_.n_times - 1)
+                any = any || Times(p_, first_ + l)[output_[l]] <= t1_[l];
+        if (!any) return;
+        for (int i = rk_.n_stages; i < rk_.n_extended; ++i) {
+            combine(i, state_);
+            evaluate_stage(i, state_, slope_extra());
+        }
+        for (int m = 0; m < rk_.degree; ++m)
+            for (int64_t at = 0; at < size_; at += width<T>) {
+                Vec<T> sum{};
+                for (int j = 0; j < rk_.n_extended; ++j)
+                    sum += load(k_ + j * size_ + at) * rk_.dense[j * rk_.degree + m];
+                store(polynomial_ + m * size_ + at, sum);
+            }
+        for (int l = 0; l < n_; ++l) {
+            if (!moved[l]) continue;
+            const Times times(p_, first_ + l);
+            const int64_t before = output_[l];
+            for (; output_[l] < p_.n_times - 1; ++output_[l]) {
+                const double at = times[output_[l]];
+                if (!(at <= t1_[l])) break;
+                const double theta = (at - t_[l]) / length_[l];
+                const T x = static_cast<T>(std::min(std::max(theta, 0.0), 1.0));
+                T* to = output(l, output_[l]);
+                for (int64_t i = 0; i < dim_; ++i) {
+                    const T* coefficient = polynomial_ + i * LANES + l;
+                    T value = coefficient[(rk_.degree - 1) * size_];
+                    for (int m = rk_.degree - 2; m >= 0; --m)
+                        value = value * x + coefficient[m * size_];
+                    to[i] = y_[i * LANES + l] + value * x;
+                }
+            }
+            n_dense_[l] += output_[l] > before;
+        }
+    }
+
+    // The slope at the end of the step is still needed: a further one goes elsewhere.
+    T* slope_extra() {
+        if (!extra_) extra_ = arena_.take(size_);
+        return extra_;
+    }
+    T* extra_ = nullptr;
+
+    void move(const bool* moved) {
+        bool all = true;
+        for (int l = 0; l < LANES; ++l) all = all && moved[l];
+        if (all) {
+            std::memcpy(y_, y1_, size_ * sizeof(T));
+            std::swap(slope_, slope1_);
+            return;
+        }
+        for (int64_t i = 0; i < dim_; ++i)
+            for (int l = 0; l < LANES; ++l) {
+                if (!moved[l]) continue;
+                y_[i * LANES + l] = y1_[i * LANES + l];
+                slope_[i * LANES + l] = slope1_[i * LANES + l];
+            }
+    }
+
+    void choose_next(int l, double ratio, bool moved) {
+        const Control& control = p_.control;
+        const bool adaptive = !(control.step_size > 0);
+        ++n_steps_[l];
+        started_[l] = true;
+        if (moved) t_[l] = t1_[l];
+        const double floor = std::max(std::fabs(t_[l]) * RESOLUTION, floor_[l]);
+        if (adaptive) {
+            next_[l] = std::max(length_[l] * factor(l, ratio), floor);
+            if (moved && control.n_history) {
+                history_[l][1] = history_[l][0];
+                history_[l][0] = std::max(ratio, 1e-4);
+            }
+        }
+        if (!moved) {
+            ++n_rejected_[l];
+            if (!adaptive || length_[l] <= floor * 1.001) {
+                const bool bad = !adaptive || std::isinf(ratio);
+                status_[l] = bad ? Status::non_finite : Status::step_too_small;
+                t_end_[l] = near_end_[l] = t_[l];
+            }
+        }
+        running_[l] = t_[l] < t_end_[l];
+    }
+
+    double factor(int l, double ratio) const {
+        const Control& c = p_.control;
+        const double p = c.pcoeff, i = c.icoeff, d = c.dcoeff;
+        double factor =
+            c.safety * std::pow(std::max(ratio, 1e-100), -(p + i + d) / c.error_order);
+        if (c.n_history > 0)
+            factor *= std::pow(history_[l][0], (p + 2 * d) / c.error_order);
+        if (c.n_history > 1) factor *= std::pow(history_[l][1], -d / c.error_order);
+        if (c.n_history && ratio > 1) factor = std::min(factor, c.safety);
+        return std::min(std::max(factor, c.factor_min), c.factor_max);
+    }
+
+    void finish(TileRecord<T>* record) {
+        for (int l = 0; l < n_; ++l) {
+            const int64_t sample = first_ + l;
+            if (started_[l] && p_.n_times > 1)
+                for (int64_t c = output_[l]; c < p_.n_times; ++c) write_state(l, c);
+            p_.status[sample] = status_[l];
+            p_.n_steps[sample] = n_steps_[l];
+            p_.n_rejected[sample] = n_rejected_[l];
+            p_.n_dense[sample] = n_dense_[l];
+            p_.next_output[sample] = output_[l];
+            p_.t_reached[sample] = t_[l] * sign_[l];
+            if (record) {
+                record->first_held[l] = std::max(output_[l], first_output_[l]);
+                record->first_output[l] = first_output_[l];
+            }
+        }
+    }
+};
+
+template <Activation A, class T>
+class TileReverse {
+public:
+    TileReverse(const Problem& problem, const Network<T>& network, const Coefficients<T>& rk,
+                const ReverseProblem& reverse)
+        : p_(problem), net_(network), rk_(rk), grad_(static_cast<const T*>(reverse.grad)),
+          grad_y0_(static_cast<T*>(reverse.grad_y0)), dim_(network.dim),
+          size_(network.dim * LANES), wide_(network.inputs * LANES),
+          evaluator_(network, rk.n_extended, true) {
+        const int n = rk.n_extended;
+        k_ = arena_.take(size_ * n), states_ = arena_.take(wide_ * n);
+        kappa_ = arena_.take(size_ * n), back_ = arena_.take(size_ * n);
+        lam_ = arena_.take(size_), h_ = arena_.take(LANES);
+        moments_ = arena_.take(size_ * (rk.degree + 1));
+        b_.assign(n, T(0));
+        for (int i = 0; i < rk.n_stages - 1; ++i) b_[i] = rk.row(rk.n_stages - 1)[i];
+    }
+
+    void reverse(int64_t first, const TileRecord<T>& record, std::vector<LayerSum<T>>& sums) {
+        first_ = first;
+        n_ = static_cast<int>(std::min<int64_t>(LANES, p_.batch - first));
+        for (int l = 0; l < LANES; ++l)
+            sign_[l] = Times(p_, first + (l < n_ ? l : 0)).sign;
+        std::fill(lam_, lam_ + size_, T(0));
+        for (int l = 0; l < n_; ++l)
+            for (int64_t c = record.first_held[l]; c < p_.n_times; ++c)
+                add_cotangent(l, c);
+        for (int64_t slot = record.size - 1; slot >= 0; --slot) step(record, slot, sums);
+        for (int l = 0; l < n_; ++l) {
+            for (int64_t c = 0; c < record.first_output[l]; ++c) add_cotangent(l, c);
+            for (int64_t i = 0; i < dim_; ++i)
+                grad_y0_[(first + l) * dim_ + i] = lam_[i * LANES + l];
+        }
+    }
+
+private:
+    const Problem& p_;
+    const Network<T>& net_;
+    const Coefficients<T>& rk_;
+    const T* grad_;
+    T* grad_y0_;
+    const int64_t dim_, size_, wide_;
+    Evaluator<A, T> evaluator_;
+    Arena<T> arena_;
+    T *k_, *states_, *kappa_, *back_, *lam_, *h_, *moments_;
+    std::vector<T> b_;
+    int64_t first_ = 0;
+    int n_ = 0;
+    double sign_[LANES];
+
+    const T* cotangent(int lane, int64_t column) const {
+        return grad_ + ((first_ + lane) * p_.n_times + column) * dim_;
+    }
+
+    void add_cotangent(int lane, int64_t column) {
+        const T* g = cotangent(lane, column);
+        for (int64_t i = 0; i < dim_; ++i) lam_[i * LANES + lane] += g[i];
+    }
+
+    void step(const TileRecord<T>& record, int64_t slot, std::vector<LayerSum<T>>& sums) {
+        constexpr int W = width<T>;
+        const double* t = record.t.data() + slot * LANES;
+        const double* t1 = record.t1.data() + slot * LANES;
+        for (int l = 0; l < LANES; ++l)
+            h_[l] = static_cast<T>((t1[l] - t[l]) * sign_[l]);
+        const bool dense = gather_outputs(record, slot);
+        const int n = dense ? rk_.n_extended : rk_.n_stages - 1;
+
+        const T* y = record.y.data() + slot * size_;
+        for (int i = 0; i < n; ++i) {
+            T* state = states_ + i * wide_;
+            const T* a = rk_.row(i);
+            for (int64_t at = 0; at < size_; at += W) {
+                Vec<T> sum;
+                std::memcpy(&sum, y + at, sizeof(sum));  // not aligned
+                for (int j = 0; j < i; ++j) sum += load(k_ + j * size_ + at) * a[j];
+                store(state + at, sum);
+            }
+            if (net_.uses_time)
+                for (int l = 0; l < LANES; ++l)
+                    state[dim_ * LANES + l] =
+                        static_cast<T>(stage_time(rk_.c[i], t[l], t1[l]) * sign_[l]);
+            T* k = k_ + i * size_;
+            evaluator_.linearize(i, state, k);
+            for (int64_t at = 0; at < size_; at += W)
+                store(k + at, load(k + at) * load(h_ + at % LANES));
+        }
+
+        for (int i = n - 1; i >= 0; --i) {
+            T* kappa = kappa_ + i * size_;
+            for (int64_t at = 0; at < size_; at += W) {
+                Vec<T> sum = load(lam_ + at) * b_[i];
+                for (int j = n - 1; j > i; --j)
+                    sum += load(back_ + j * size_ + at) * rk_.row(j)[i];
+                if (dense)
+                    for (int m = 0; m < rk_.degree; ++m)
+                        sum += load(moments_ + (m + 1) * size_ + at) *
+                               rk_.dense[i * rk_.degree + m];
+                store(kappa + at, sum * load(h_ + at % LANES));
+            }
+            evaluator_.pullback(i, kappa, back_ + i * size_);
+        }
+        evaluator_.accumulate(sums, states_, kappa_, n);
+        for (int64_t at = 0; at < size_; at += W) {
+            Vec<T> sum = load(lam_ + at);
+            for (int i = n - 1; i >= 0; --i) sum += load(back_ + i * size_ + at);
+            if (dense) sum += load(moments_ + at);
+            store(lam_ + at, sum);
+        }
+    }
+
+    // The cotangents of a step's outputs, by the power of their place in it.
+    bool gather_outputs(const TileRecord<T>& record, int64_t slot) {
+        if (p_.n_times <= 2) return false;
+        bool any = false;
+        for (int l = 0; l < n_; ++l) {
+            if (slot >= record.counts[l]) continue;
+            const int64_t from = record.outputs[slot * LANES + l];
+            const int64_t to = slot + 1 < record.counts[l]
+                                   ? record.outputs[(slot + 1) * LANES + l]
+                                   : record.first_held[l];
+            if (from == to) continue;
+            if (!any) std::fill(moments_, moments_ + size_ * (rk_.degree + 1), T(0));
+            any = true;
+            const Times times(p_, first_ + l);
+            const double t = record.t[slot * LANES + l], t1 = record.t1[slot * LANES + l];
+            for (int64_t c = from; c < to; ++c) {
+                const double theta = (times[c] - t) / (t1 - t);
+                const T x = static_cast<T>(std::min(std::max(theta, 0.0), 1.0));
+                const T* g = cotangent(l, c);
+                T power = 1;
+                for (int m = 0; m <= rk_.degree; ++m, power *= x) {
+                    T* to_moment = moments_ + m * size_ + l;
+                    for (int64_t i = 0; i < dim_; ++i) to_moment[i * LANES] += power * g[i];
+                }
+            }
+        }
+        return any;
+    }
+};
+
+// Run `count` jobs on some threads; which thread has which does not matter to them.
+// Threads live for one call: nothing waits in between, and a fork finds none.
+template <class Worker>
+static void run_jobs(int64_t count, int threads, const Worker& worker) {
+    std::atomic<int64_t> next{0};
+    threads = static_cast<int>(std::min<int64_t>(threads, count));
+    std::vector<std::thread> others;
+    for (int i = 1; i < threads; ++i) {
+        try {
+            others.emplace_back([&] { worker(next); });
+        } catch (const std::system_error&) {
+            break;  // fewer threads then
+        }
+    }
+    worker(next);
+    for (std::thread& thread : others) thread.join();
+}
+
+template <Activation A, class T>
+class TiledRecording final : public Recording {
+public:
+    explicit TiledRecording(const Problem& problem)
+        : p_(problem), net_(problem.model), rk_(problem.tableau),
+          tiles_((problem.batch + LANES - 1) / LANES) {
+        if (problem.record) records_.resize(tiles_);
+        run_jobs(tiles_, problem.threads, Forward{*this});
+    }
+
+    void reverse(const ReverseProblem& problem) const override {
+        // A chunk is summed up by one thread, chunks are summed up in their order: the
+        // result is the same for any number of threads.
+        const int64_t chunks = std::min<int64_t>(tiles_, 16);
+        std::vector<Arena<T>> arenas(chunks);
+        std::vector<std::vector<LayerSum<T>>> sums(chunks);
+        run_jobs(chunks, problem.threads, Backward{*this, problem, chunks, arenas, sums});
+        for (int64_t c = 1; c < chunks; ++c)
+            for (size_t l = 0; l < net_.depth(); ++l) {
+                LayerSum<T>&to = sums[0][l], &from = sums[c][l];
+                for (int64_t i = 0; i < to.rows * to.stride; ++i) to.weight[i] += from.weight[i];
+                for (int64_t i = 0; i < to.rows; ++i) to.bias[i] += from.bias[i];
+            }
+        net_.unfold(sums[0], problem.layers);
+    }
+
+private:
+    Problem p_;
+    Network<T> net_;
+    Coefficients<T> rk_;
+    int64_t tiles_;
+    std::vector<TileRecord<T>> records_;
+
+    struct Forward {
+        TiledRecording& self;
+        void operator()(std::atomic<int64_t>& next) const {
+            TileSolver<A, T> solver(self.p_, self.net_, self.rk_);
+            for (int64_t i = next++; i < self.tiles_; i = next++)
+                solver.solve(i * LANES, self.records_.empty() ? nullptr : &self.records_[i]);
+        }
+    };
+
+    struct Backward {
+        const TiledRecording& self;
+        const ReverseProblem& problem;
+        int64_t chunks;
+        std::vector<Arena<T>>& arenas;
+        std::vector<std::vector<LayerSum<T>>>& sums;
+        void operator()(std::atomic<int64_t>& next) const {
+            TileReverse<A, T> tile(self.p_, self.net_, self.rk_, problem);
+            for (int64_t c = next++; c < chunks; c = next++) {
+                for (size_t l = 0; l < self.net_.depth(); ++l)
+                    sums[c].emplace_back(self.net_.out(l), self.net_.in(l), arenas[c]);
+                const int64_t end = self.tiles_ * (c + 1) / chunks;
+                for (int64_t i = self.tiles_ * c / chunks; i < end; ++i)
+                    tile.reverse(i * LANES, self.records_[i], sums[c]);
+            }
+        }
+    };
+};
+
+template <Activation A, class T>
+static std::unique_ptr<Recording> solve_with(const Problem& problem) {
+    auto recording = std::make_unique<TiledRecording<A, T>>(problem);
+    if (!problem.record) return nullptr;
+    return recording;
+}
+
+template <class T>
+static std::unique_ptr<Recording> solve(const Problem& problem) {
+    switch (problem.model.activation) {
+        case Activation::sigmoid: return solve_with<Activation::sigmoid, T>(problem);
+        case Activation::tanh: return solve_with<Activation::tanh, T>(problem);
+        case Activation::softplus: return solve_with<Activation::softplus, T>(problem);
+        case Activation::silu: return solve_with<Activation::silu, T>(problem);
+        case Activation::elu: return solve_with<Activation::elu, T>(problem);
+        default: return solve_with<Activation::relu, T>(problem);
+    }
+}

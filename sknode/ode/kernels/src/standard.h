@@ -1,0 +1,20 @@
+// What the kernels need of the standard library.
+#pragma once
+
+#if defined(__x86_64__) || defined(__i386__)
+#define SKNODE_X86
+#endif
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <system_error>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "problem.h"
