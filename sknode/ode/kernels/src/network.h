@@ -5,11 +5,13 @@
 // an array of n values a sample has shape (n, LANES). A product with a matrix is then
 // multiply-adds of whole registers with one weight each, and no lane sees another.
 
-constexpr int LANES = 16;
-
-// How many registers of a row, and how many rows, a product keeps in registers.
 template <class T>
-constexpr int GROUP = LANES / width<T> < 2 ? LANES / width<T> : 2;
+constexpr int LANES = 128 / sizeof(T);
+
+// How many registers of a row, and how many rows, a product keeps in registers: every
+// weight that is read then serves two multiply-adds.
+template <class T>
+constexpr int GROUP = 2;
 template <class T>
 constexpr int ROWS = SKNODE_REGISTERS == 32 ? 20 / GROUP<T> : 10 / GROUP<T>;
 
@@ -30,18 +32,22 @@ private:
     std::vector<std::unique_ptr<char[]>> blocks_;
 };
 
-// A matrix in blocks of ROWS rows, column by column within a block, as products read it.
+// A matrix in blocks of about equal height, at most ROWS, column by column within a
+// block, as products read it.
 template <class T>
 struct Matrix {
-    int64_t rows = 0, cols = 0;
+    int64_t rows = 0, cols = 0, height = 1;
     std::vector<T> data;
 
-    Matrix(int64_t rows, int64_t cols) : rows(rows), cols(cols), data(rows * cols) {}
+    Matrix(int64_t rows, int64_t cols) : rows(rows), cols(cols), data(rows * cols) {
+        const int64_t blocks = std::max<int64_t>((rows + ROWS<T> - 1) / ROWS<T>, 1);
+        height = std::max<int64_t>((rows + blocks - 1) / blocks, 1);
+    }
 
     T& at(int64_t row, int64_t col) {
-        const int64_t first = row / ROWS<T> * ROWS<T>;
-        const int64_t height = std::min<int64_t>(ROWS<T>, rows - first);
-        return data[first * cols + col * height + (row - first)];
+        const int64_t first = row / height * height;
+        const int64_t n = std::min<int64_t>(height, rows - first);
+        return data[first * cols + col * n + (row - first)];
     }
 };
 
@@ -64,7 +70,7 @@ static inline void product_block(const T* w, const T* bias, const T* x, int64_t 
     constexpr int W = width<T>, G = GROUP<T>;
     // few rows would wait for one another: take two columns at a time
     constexpr int CHAINS = R * G < 4 ? 2 : 1;
-    for (int g = 0; g < LANES; g += G * W) {
+    for (int g = 0; g < LANES<T>; g += G * W) {
         Vec<T> sum[CHAINS][R][G];
         for (int r = 0; r < R; ++r)
             for (int i = 0; i < G; ++i) {
@@ -74,7 +80,7 @@ static inline void product_block(const T* w, const T* bias, const T* x, int64_t 
         int64_t k = 0;
         for (; k + CHAINS <= cols; k += CHAINS)
             for (int c = 0; c < CHAINS; ++c) {
-                const T* xk = x + (k + c) * LANES + g;
+                const T* xk = x + (k + c) * LANES<T> + g;
                 const T* wk = w + (k + c) * R;
                 Vec<T> value[G];
                 for (int i = 0; i < G; ++i) value[i] = load(xk + i * W);
@@ -85,13 +91,13 @@ static inline void product_block(const T* w, const T* bias, const T* x, int64_t 
             if (k < cols)
                 for (int r = 0; r < R; ++r)
                     for (int i = 0; i < G; ++i)
-                        sum[0][r][i] += load(x + k * LANES + g + i * W) * w[k * R + r];
+                        sum[0][r][i] += load(x + k * LANES<T> + g + i * W) * w[k * R + r];
             for (int r = 0; r < R; ++r)
                 for (int i = 0; i < G; ++i) sum[0][r][i] += sum[1][r][i];
         }
         for (int r = 0; r < R; ++r)
             for (int i = 0; i < G; ++i) {
-                const int64_t at = r * LANES + g + i * W;
+                const int64_t at = r * LANES<T> + g + i * W;
                 if (argument) store(argument + at, sum[0][r][i]);
                 store(out + at, after(sum[0][r][i]));
             }
@@ -99,13 +105,13 @@ static inline void product_block(const T* w, const T* bias, const T* x, int64_t 
 }
 
 template <int R, class T, class After>
-static void product_rest(int64_t rows, const T* w, const T* bias, const T* x,
+static void product_rows(int64_t rows, const T* w, const T* bias, const T* x,
                          int64_t cols, T* out, T* argument, After after) {
     if constexpr (R > 0) {
         if (rows == R)
             product_block<R>(w, bias, x, cols, out, argument, after);
         else
-            product_rest<R - 1>(rows, w, bias, x, cols, out, argument, after);
+            product_rows<R - 1>(rows, w, bias, x, cols, out, argument, after);
     }
 }
 
@@ -113,16 +119,13 @@ static void product_rest(int64_t rows, const T* w, const T* bias, const T* x,
 template <class T, class After>
 static void product(const Matrix<T>& m, const T* bias, const T* x, T* out, T* argument,
                     After after) {
-    for (int64_t first = 0; first < m.rows; first += ROWS<T>) {
-        const int64_t rows = std::min<int64_t>(ROWS<T>, m.rows - first);
+    for (int64_t first = 0; first < m.rows; first += m.height) {
+        const int64_t rows = std::min<int64_t>(m.height, m.rows - first);
         const T* w = m.data.data() + first * m.cols;
-        T* to = out + first * LANES;
-        T* keep = argument ? argument + first * LANES : nullptr;
+        T* to = out + first * LANES<T>;
+        T* keep = argument ? argument + first * LANES<T> : nullptr;
         const T* b = bias ? bias + first : nullptr;
-        if (rows == ROWS<T>)
-            product_block<ROWS<T>>(w, b, x, m.cols, to, keep, after);
-        else
-            product_rest<ROWS<T> - 1>(rows, w, b, x, m.cols, to, keep, after);
+        product_rows<ROWS<T>>(rows, w, b, x, m.cols, to, keep, after);
     }
 }
 
@@ -146,10 +149,10 @@ template <class T>
 static void turn(const T* from, int64_t n, T* to, int64_t stride) {
     constexpr int W = width<T>;
     for (int64_t i = 0; i < n; i += W)
-        for (int g = 0; g < LANES; g += W) {
+        for (int g = 0; g < LANES<T>; g += W) {
             Vec<T> rows[W];
             for (int r = 0; r < W; ++r)
-                rows[r] = i + r < n ? load(from + (i + r) * LANES + g) : Vec<T>{};
+                rows[r] = i + r < n ? load(from + (i + r) * LANES<T> + g) : Vec<T>{};
             turn_pairs<T, 1>(rows, std::make_integer_sequence<int, W>{});
             for (int r = 0; r < W; ++r) store(to + (g + r) * stride + i, rows[r]);
         }
@@ -165,11 +168,11 @@ static inline void outer_block(const T* delta, int64_t delta_stage, const T* x,
         for (int i = 0; i < N; ++i) sum[r][i] = load(gradient + r * stride + i * W);
     for (int s = 0; s < n_stages; ++s) {
         const T* d = delta + s * delta_stage;
-        for (int lane = 0; lane < LANES; ++lane) {
+        for (int lane = 0; lane < LANES<T>; ++lane) {
             Vec<T> value[N];
             for (int i = 0; i < N; ++i) value[i] = load(x + i * W);
             for (int r = 0; r < R; ++r)
-                for (int i = 0; i < N; ++i) sum[r][i] += value[i] * d[r * LANES + lane];
+                for (int i = 0; i < N; ++i) sum[r][i] += value[i] * d[r * LANES<T> + lane];
             x += stride;
         }
     }
@@ -183,17 +186,41 @@ static void outer_column(int64_t rows, const T* delta, int64_t delta_stage, cons
     constexpr int R = SKNODE_REGISTERS == 32 ? 8 : 4;
     int64_t r = 0;
     for (; r + R <= rows; r += R)
-        outer_block<R, N>(delta + r * LANES, delta_stage, x, stride, n_stages,
+        outer_block<R, N>(delta + r * LANES<T>, delta_stage, x, stride, n_stages,
                           gradient + r * stride);
     for (; r + 2 <= rows; r += 2)
-        outer_block<2, N>(delta + r * LANES, delta_stage, x, stride, n_stages,
+        outer_block<2, N>(delta + r * LANES<T>, delta_stage, x, stride, n_stages,
                           gradient + r * stride);
     for (; r < rows; ++r)
-        outer_block<1, N>(delta + r * LANES, delta_stage, x, stride, n_stages,
+        outer_block<1, N>(delta + r * LANES<T>, delta_stage, x, stride, n_stages,
                           gradient + r * stride);
 }
 
-// The gradient of one layer, summed over the samples of a chunk.
+// Sums of registers, reduced a register's width of them at a time.
+template <class T>
+class Totals {
+public:
+    void add(Vec<T> v, T* target) {
+        rows_[n_] = v, targets_[n_] = target;
+        if (++n_ == width<T>) flush();
+    }
+    void flush() {
+        constexpr int W = width<T>;
+        for (int i = n_; i < W; ++i) rows_[i] = Vec<T>{};
+        turn_pairs<T, 1>(rows_, std::make_integer_sequence<int, W>{});
+        for (int step = W / 2; step > 0; step /= 2)
+            for (int i = 0; i < step; ++i) rows_[i] += rows_[i + step];
+        for (int i = 0; i < n_; ++i) *targets_[i] += rows_[0][i];
+        n_ = 0;
+    }
+
+private:
+    Vec<T> rows_[width<T>];
+    T* targets_[width<T>];
+    int n_ = 0;
+};
+
+// The gradient of one layer, summed over the samples of a block.
 template <class T>
 struct LayerSum {
     int64_t rows, cols, stride;
@@ -202,26 +229,27 @@ struct LayerSum {
 
     LayerSum(int64_t rows, int64_t cols, Arena<T>& arena) : rows(rows), cols(cols) {
         stride = (cols + width<T> - 1) / width<T> * width<T>;
-        // turning the inputs pays where there are many outputs and many inputs
-        turned = rows >= 8 && cols > width<T> / 2;
+        // turning the inputs pays where there are many outputs and some inputs
+        turned = rows >= 8 && cols >= width<T> / 4;
         weight = arena.take(rows * stride);
         bias = arena.take(rows);
     }
 
-    // Add the stages of a step: delta (stages, rows, LANES), x (stages, x_stage).
-    void add(const T* delta, int64_t delta_stage, const T* x, int64_t x_stage, int n_stages,
-             T* scratch) {
+    // Add the stages of a step: delta (stages, rows, LANES), x (stages, cols, LANES).
+    void add(const T* delta, const T* x, int n_stages, T* scratch) {
+        constexpr int W = width<T>;
+        const int64_t delta_stage = rows * LANES<T>, x_stage = cols * LANES<T>;
+        Totals<T> totals;
         for (int64_t r = 0; r < rows; ++r) {
             Vec<T> sum{};
             for (int s = 0; s < n_stages; ++s)
-                for (int g = 0; g < LANES; g += width<T>)
-                    sum += load(delta + s * delta_stage + r * LANES + g);
-            bias[r] += total<T>(sum);
+                for (int g = 0; g < LANES<T>; g += W)
+                    sum += load(delta + s * delta_stage + r * LANES<T> + g);
+            totals.add(sum, bias + r);
         }
         if (turned) {
             for (int s = 0; s < n_stages; ++s)
-                turn(x + s * x_stage, cols, scratch + s * LANES * stride, stride);
-            constexpr int W = width<T>;
+                turn(x + s * x_stage, cols, scratch + s * LANES<T> * stride, stride);
             int64_t c = 0;
             for (; c + 2 * W <= stride; c += 2 * W)
                 outer_column<2>(rows, delta, delta_stage, scratch + c, stride, n_stages,
@@ -229,17 +257,18 @@ struct LayerSum {
             for (; c < stride; c += W)
                 outer_column<1>(rows, delta, delta_stage, scratch + c, stride, n_stages,
                                 weight + c);
-            return;
+        } else {
+            for (int64_t r = 0; r < rows; ++r)
+                for (int64_t c = 0; c < cols; ++c) {
+                    Vec<T> sum{};
+                    for (int s = 0; s < n_stages; ++s)
+                        for (int g = 0; g < LANES<T>; g += W)
+                            sum += load(delta + s * delta_stage + r * LANES<T> + g) *
+                                   load(x + s * x_stage + c * LANES<T> + g);
+                    totals.add(sum, weight + r * stride + c);
+                }
         }
-        for (int64_t r = 0; r < rows; ++r)
-            for (int64_t c = 0; c < cols; ++c) {
-                Vec<T> sum{};
-                for (int s = 0; s < n_stages; ++s)
-                    for (int g = 0; g < LANES; g += width<T>)
-                        sum += load(delta + s * delta_stage + r * LANES + g) *
-                               load(x + s * x_stage + c * LANES + g);
-                weight[r * stride + c] += total<T>(sum);
-            }
+        totals.flush();
     }
 };
 
@@ -321,17 +350,17 @@ class Evaluator {
 public:
     Evaluator(const Network<T>& network, int n_stages, bool reverse)
         : net_(network), n_stages_(n_stages) {
-        const int64_t widest = network.widest() * LANES;
+        const int64_t widest = network.widest() * LANES<T>;
         ping_ = arena_.take(widest), pong_ = arena_.take(widest);
         if (!reverse) return;
         const size_t hidden = network.depth() - 1;
         for (size_t l = 0; l < hidden; ++l) {
-            const int64_t n = network.out(l) * LANES * n_stages;
+            const int64_t n = network.out(l) * LANES<T> * n_stages;
             values_.push_back(arena_.take(n));
             arguments_.push_back(keeps_argument<A> ? arena_.take(n) : nullptr);
             deltas_.push_back(arena_.take(n));
         }
-        turned_ = arena_.take((network.widest() + width<T>) * LANES * n_stages);
+        turned_ = arena_.take((network.widest() + width<T>) * LANES<T> * n_stages);
     }
 
     // slope = f(x) on (inputs, LANES).
@@ -370,7 +399,7 @@ public:
                     static_cast<T*>(nullptr), Keep{});
             const T* kept =
                 at(keeps_argument<A> ? arguments_[l - 1] : values_[l - 1], l - 1, stage);
-            for (int64_t i = 0; i < net_.out(l - 1) * LANES; i += width<T>)
+            for (int64_t i = 0; i < net_.out(l - 1) * LANES<T>; i += width<T>)
                 store(to + i, load(to + i) * slope<A, T>(load(kept + i)));
             delta = to;
         }
@@ -386,7 +415,7 @@ public:
         for (size_t l = 0; l <= last; ++l) {
             const T* delta = l < last ? deltas_[l] : cotangents;
             const T* x = l > 0 ? values_[l - 1] : states;
-            sums[l].add(delta, net_.out(l) * LANES, x, net_.in(l) * LANES, n, turned_);
+            sums[l].add(delta, x, n, turned_);
         }
     }
 
@@ -398,6 +427,6 @@ private:
     std::vector<T*> values_, arguments_, deltas_;
 
     T* at(T* memory, size_t layer, int stage) const {
-        return memory + stage * net_.out(layer) * LANES;
+        return memory + stage * net_.out(layer) * LANES<T>;
     }
 };

@@ -50,16 +50,6 @@ static inline Vec<T> larger(Vec<T> x, Vec<T> y) {
     return y > x ? y : x;
 }
 
-// The sum of a register, always in the same order.
-template <class T>
-static inline T total(Vec<T> v) {
-    T part[width<T>];
-    std::memcpy(part, &v, sizeof(v));
-    for (int n = width<T> / 2; n > 0; n /= 2)
-        for (int i = 0; i < n; ++i) part[i] += part[i + n];
-    return part[0];
-}
-
 // exp by reduction to |r| <= log(2) / 2 and a polynomial; the relative error is about
 // one unit in the last place. Arguments beyond the range give its ends.
 static inline Vec<float> exponential(Vec<float> x) {

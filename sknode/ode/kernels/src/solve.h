@@ -8,34 +8,34 @@ constexpr double RESOLUTION = 4 * 2.220446049250313e-16;
 // The accepted steps of a tile, every lane's own one after another.
 template <class T>
 struct TileRecord {
-    int64_t counts[LANES] = {};
+    int64_t counts[LANES<T>] = {};
     int64_t size = 0;              // slots in use: the largest count
     std::vector<T> y;              // (size, dim, LANES), at the start of the step
     std::vector<double> t, t1;     // (size, LANES), ascending
     std::vector<int64_t> outputs;  // (size, LANES), the first output time of the step
-    int64_t first_held[LANES] = {};  // output times from here hold the last state
-    int64_t first_output[LANES] = {};  // those before here hold the first
+    int64_t first_held[LANES<T>] = {};  // output times from here hold the last state
+    int64_t first_output[LANES<T>] = {};  // those before here hold the first
 
     void add(const bool* moved, const T* state, int64_t dim, const double* start,
              const double* end, const int64_t* output) {
-        for (int l = 0; l < LANES; ++l) {
+        for (int l = 0; l < LANES<T>; ++l) {
             if (!moved[l]) continue;
             const int64_t slot = counts[l]++;
             if (slot == size) grow(dim);
-            T* to = y.data() + slot * dim * LANES + l;
-            for (int64_t i = 0; i < dim; ++i) to[i * LANES] = state[i * LANES + l];
-            t[slot * LANES + l] = start[l];
-            t1[slot * LANES + l] = end[l];
-            outputs[slot * LANES + l] = output[l];
+            T* to = y.data() + slot * dim * LANES<T> + l;
+            for (int64_t i = 0; i < dim; ++i) to[i * LANES<T>] = state[i * LANES<T> + l];
+            t[slot * LANES<T> + l] = start[l];
+            t1[slot * LANES<T> + l] = end[l];
+            outputs[slot * LANES<T> + l] = output[l];
         }
     }
 
 private:
     void grow(int64_t dim) {
         ++size;
-        y.resize(size * dim * LANES);
-        t.resize(size * LANES), t1.resize(size * LANES);
-        outputs.resize(size * LANES);
+        y.resize(size * dim * LANES<T>);
+        t.resize(size * LANES<T>), t1.resize(size * LANES<T>);
+        outputs.resize(size * LANES<T>);
     }
 };
 
@@ -79,19 +79,19 @@ class TileSolver {
 public:
     TileSolver(const Problem& problem, const Network<T>& network, const Coefficients<T>& rk)
         : p_(problem), net_(network), rk_(rk), dim_(network.dim),
-          size_(network.dim * LANES), evaluator_(network, 1, false) {
-        const int64_t wide = network.inputs * LANES;
+          size_(network.dim * LANES<T>), evaluator_(network, 1, false) {
+        const int64_t wide = network.inputs * LANES<T>;
         y_ = arena_.take(size_), slope_ = arena_.take(size_), y1_ = arena_.take(wide);
         slope1_ = arena_.take(size_), state_ = arena_.take(wide);
         k_ = arena_.take(size_ * rk.n_extended);
         polynomial_ = arena_.take(size_ * std::max(rk.degree, 1));
-        h_ = arena_.take(LANES);
+        h_ = arena_.take(LANES<T>);
     }
 
     // Solve the samples from `first` on; record their steps on request.
     void solve(int64_t first, TileRecord<T>* record) {
         first_ = first;
-        n_ = static_cast<int>(std::min<int64_t>(LANES, p_.batch - first));
+        n_ = static_cast<int>(std::min<int64_t>(LANES<T>, p_.batch - first));
         start();
         for (int64_t attempt = 0; any_running(); ++attempt) {
             if (attempt == p_.control.max_steps) {
@@ -114,14 +114,14 @@ private:
     T *y_, *slope_, *y1_, *slope1_, *state_, *k_, *polynomial_, *h_;
     int64_t first_ = 0;
     int n_ = 0;
-    bool running_[LANES], accepted_[LANES], started_[LANES];
-    double t_[LANES], t_end_[LANES], near_end_[LANES], floor_[LANES], next_[LANES];
-    double sign_[LANES], t1_[LANES], length_[LANES], history_[LANES][2];
-    int64_t status_[LANES], n_steps_[LANES], n_rejected_[LANES], n_dense_[LANES];
-    int64_t output_[LANES], first_output_[LANES];
+    bool running_[LANES<T>], accepted_[LANES<T>], started_[LANES<T>];
+    double t_[LANES<T>], t_end_[LANES<T>], near_end_[LANES<T>], floor_[LANES<T>], next_[LANES<T>];
+    double sign_[LANES<T>], t1_[LANES<T>], length_[LANES<T>], history_[LANES<T>][2];
+    int64_t status_[LANES<T>], n_steps_[LANES<T>], n_rejected_[LANES<T>], n_dense_[LANES<T>];
+    int64_t output_[LANES<T>], first_output_[LANES<T>];
 
     bool any_running() const {
-        for (int l = 0; l < LANES; ++l)
+        for (int l = 0; l < LANES<T>; ++l)
             if (running_[l]) return true;
         return false;
     }
@@ -132,18 +132,18 @@ private:
 
     void write_state(int lane, int64_t column) const {
         T* to = output(lane, column);
-        for (int64_t i = 0; i < dim_; ++i) to[i] = y_[i * LANES + lane];
+        for (int64_t i = 0; i < dim_; ++i) to[i] = y_[i * LANES<T> + lane];
     }
 
     // Put the times of an evaluation in the last row of its input.
     void set_time(T* input, int lane, double ascending) const {
         if (net_.uses_time)
-            input[dim_ * LANES + lane] = static_cast<T>(ascending * sign_[lane]);
+            input[dim_ * LANES<T> + lane] = static_cast<T>(ascending * sign_[lane]);
     }
 
     void start() {
         const T* y0 = static_cast<const T*>(p_.y0);
-        for (int l = 0; l < LANES; ++l) {
+        for (int l = 0; l < LANES<T>; ++l) {
             const int64_t sample = first_ + (l < n_ ? l : 0);
             const Times times(p_, sample);
             sign_[l] = times.sign;
@@ -156,7 +156,7 @@ private:
             output_[l] = std::min(at_start, times.n - 1);
             first_output_[l] = at_start;
             for (int64_t i = 0; i < dim_; ++i)
-                y_[i * LANES + l] = l < n_ ? y0[sample * dim_ + i] : T(0);
+                y_[i * LANES<T> + l] = l < n_ ? y0[sample * dim_ + i] : T(0);
             if (l < n_)
                 for (int64_t c = 0; c < times.n; ++c) write_state(l, c);
             std::memcpy(state_, y_, size_ * sizeof(T));
@@ -164,15 +164,15 @@ private:
         }
         std::memcpy(state_, y_, size_ * sizeof(T));
         evaluator_.evaluate(state_, slope_);
-        for (int l = 0; l < LANES; ++l) {
+        for (int l = 0; l < LANES<T>; ++l) {
             bool good = true;
             for (int64_t i = 0; i < dim_; ++i)
-                good = good && std::isfinite(y_[i * LANES + l]) &&
-                       std::isfinite(slope_[i * LANES + l]);
+                good = good && std::isfinite(y_[i * LANES<T> + l]) &&
+                       std::isfinite(slope_[i * LANES<T> + l]);
             const double interval = t_end_[l] - t_[l];
             if (!good) {
                 for (int64_t i = 0; i < dim_; ++i)
-                    y_[i * LANES + l] = slope_[i * LANES + l] = T(0);
+                    y_[i * LANES<T> + l] = slope_[i * LANES<T> + l] = T(0);
                 if (interval > 0) status_[l] = Status::non_finite;
                 t_end_[l] = t_[l];
             }
@@ -190,7 +190,7 @@ private:
     // Root mean squares over the components of every lane.
     static void norms(const Vec<T>* squares, int64_t n, double* out) {
         constexpr int W = width<T>;
-        for (int l = 0; l < LANES; ++l)
+        for (int l = 0; l < LANES<T>; ++l)
             out[l] = static_cast<double>(std::sqrt(squares[l / W][l % W])) /
                      std::sqrt(static_cast<double>(n));
     }
@@ -203,26 +203,26 @@ private:
     void first_step() {
         const Control& control = p_.control;
         if (control.step_size > 0) {
-            std::fill(next_, next_ + LANES, control.step_size);
+            std::fill(next_, next_ + LANES<T>, control.step_size);
             return;
         }
         if (control.first_step > 0) {
-            for (int l = 0; l < LANES; ++l)
+            for (int l = 0; l < LANES<T>; ++l)
                 next_[l] = std::min(control.first_step, t_end_[l] - t_[l]);
             return;
         }
         constexpr int W = width<T>;
-        double d0[LANES], d1[LANES], d2[LANES], h0[LANES];
-        Vec<T> s0[LANES / W] = {}, s1[LANES / W] = {}, s2[LANES / W] = {};
+        double d0[LANES<T>], d1[LANES<T>], d2[LANES<T>], h0[LANES<T>];
+        Vec<T> s0[LANES<T> / W] = {}, s1[LANES<T> / W] = {}, s2[LANES<T> / W] = {};
         for (int64_t i = 0; i < dim_; ++i)
-            for (int g = 0; g < LANES / W; ++g) {
-                const int64_t at = i * LANES + g * W;
+            for (int g = 0; g < LANES<T> / W; ++g) {
+                const int64_t at = i * LANES<T> + g * W;
                 const Vec<T> size = scale(magnitude<T>(load(y_ + at)));
                 const Vec<T> y = load(y_ + at) / size, k = load(slope_ + at) / size;
                 s0[g] += y * y, s1[g] += k * k;
             }
         norms(s0, dim_, d0), norms(s1, dim_, d1);
-        for (int l = 0; l < LANES; ++l) {
+        for (int l = 0; l < LANES<T>; ++l) {
             const double interval = t_end_[l] - t_[l];
             h0[l] = d0[l] < 1e-5 || d1[l] < 1e-5 ? 1e-6 : 0.01 * d0[l] / d1[l];
             h0[l] = std::min(std::isfinite(h0[l]) ? h0[l] : 1e-6, interval);
@@ -230,17 +230,17 @@ private:
             set_time(state_, l, std::min(t_[l] + h0[l], t_end_[l]));
         }
         for (int64_t at = 0; at < size_; at += W)
-            store(state_ + at, load(y_ + at) + load(slope_ + at) * load(h_ + at % LANES));
+            store(state_ + at, load(y_ + at) + load(slope_ + at) * load(h_ + at % LANES<T>));
         evaluator_.evaluate(state_, slope1_);
         for (int64_t i = 0; i < dim_; ++i)
-            for (int g = 0; g < LANES / W; ++g) {
-                const int64_t at = i * LANES + g * W;
+            for (int g = 0; g < LANES<T> / W; ++g) {
+                const int64_t at = i * LANES<T> + g * W;
                 const Vec<T> size = scale(magnitude<T>(load(y_ + at)));
                 const Vec<T> change = (load(slope1_ + at) - load(slope_ + at)) / size;
                 s2[g] += change * change;
             }
         norms(s2, dim_, d2);
-        for (int l = 0; l < LANES; ++l) {
+        for (int l = 0; l < LANES<T>; ++l) {
             const double interval = t_end_[l] - t_[l];
             const double second = d2[l] / h0[l];
             const double steepest = std::isnan(second) ? second : std::max(d1[l], second);
@@ -254,7 +254,7 @@ private:
     }
 
     void step(TileRecord<T>* record) {
-        for (int l = 0; l < LANES; ++l) {
+        for (int l = 0; l < LANES<T>; ++l) {
             t1_[l] = t_[l] + next_[l];
             if (t1_[l] >= near_end_[l]) t1_[l] = t_end_[l];
             // lanes that have arrived take steps of length zero
@@ -271,25 +271,25 @@ private:
         combine(last, y1_);
         evaluate_stage(last, y1_, slope1_);
 
-        double ratio[LANES];
+        double ratio[LANES<T>];
         judge(ratio);
-        bool moved[LANES];
-        int64_t before[LANES];
-        for (int l = 0; l < LANES; ++l) {
+        bool moved[LANES<T>];
+        int64_t before[LANES<T>];
+        for (int l = 0; l < LANES<T>; ++l) {
             moved[l] = accepted_[l] && running_[l];
             before[l] = output_[l];
         }
         if (p_.n_times > 2) write_outputs(moved);
         if (record) record->add(moved, y_, dim_, t_, t1_, before);
         move(moved);
-        for (int l = 0; l < LANES; ++l)
+        for (int l = 0; l < LANES<T>; ++l)
             if (running_[l]) choose_next(l, ratio[l], moved[l]);
     }
 
     void scale_stage(int stage, const T* slope) {
         T* k = k_ + stage * size_;
         for (int64_t at = 0; at < size_; at += width<T>)
-            store(k + at, load(slope + at) * load(h_ + at % LANES));
+            store(k + at, load(slope + at) * load(h_ + at % LANES<T>));
     }
 
     // state = y + sum of the stages so far
@@ -304,7 +304,7 @@ private:
 
     void evaluate_stage(int stage, T* state, T* slope) {
         if (net_.uses_time)
-            for (int l = 0; l < LANES; ++l)
+            for (int l = 0; l < LANES<T>; ++l)
                 set_time(state, l, stage_time(rk_.c[stage], t_[l], t1_[l]));
         evaluator_.evaluate(state, slope);
         scale_stage(stage, slope);
@@ -314,17 +314,17 @@ private:
     void judge(double* ratio) {
         constexpr int W = width<T>;
         if (p_.control.step_size > 0) {
-            for (int l = 0; l < LANES; ++l) {
+            for (int l = 0; l < LANES<T>; ++l) {
                 accepted_[l] = true, ratio[l] = 0.0;
                 for (int64_t i = 0; i < dim_; ++i)
-                    accepted_[l] = accepted_[l] && std::isfinite(y1_[i * LANES + l]);
+                    accepted_[l] = accepted_[l] && std::isfinite(y1_[i * LANES<T> + l]);
             }
             return;
         }
-        Vec<T> squares[2][LANES / W] = {};
+        Vec<T> squares[2][LANES<T> / W] = {};
         for (int64_t i = 0; i < dim_; ++i)
-            for (int g = 0; g < LANES / W; ++g) {
-                const int64_t at = i * LANES + g * W;
+            for (int g = 0; g < LANES<T> / W; ++g) {
+                const int64_t at = i * LANES<T> + g * W;
                 const Vec<T> size = scale(
                     larger<T>(magnitude<T>(load(y_ + at)), magnitude<T>(load(y1_ + at))));
                 for (int e = 0; e < rk_.n_estimates; ++e) {
@@ -338,14 +338,14 @@ private:
             }
         norms(squares[0], dim_, ratio);
         if (rk_.n_estimates == 2) {
-            double coarse[LANES];
+            double coarse[LANES<T>];
             norms(squares[1], dim_, coarse);
-            for (int l = 0; l < LANES; ++l) {
+            for (int l = 0; l < LANES<T>; ++l) {
                 const double fine = ratio[l] * ratio[l];
                 ratio[l] = fine / std::sqrt(fine + 0.01 * coarse[l] * coarse[l] + 1e-300);
             }
         }
-        for (int l = 0; l < LANES; ++l) {
+        for (int l = 0; l < LANES<T>; ++l) {
             if (std::isnan(ratio[l])) ratio[l] = std::numeric_limits<double>::infinity();
             accepted_[l] = ratio[l] <= 1;
         }
@@ -380,11 +380,11 @@ private:
                 const T x = static_cast<T>(std::min(std::max(theta, 0.0), 1.0));
                 T* to = output(l, output_[l]);
                 for (int64_t i = 0; i < dim_; ++i) {
-                    const T* coefficient = polynomial_ + i * LANES + l;
+                    const T* coefficient = polynomial_ + i * LANES<T> + l;
                     T value = coefficient[(rk_.degree - 1) * size_];
                     for (int m = rk_.degree - 2; m >= 0; --m)
                         value = value * x + coefficient[m * size_];
-                    to[i] = y_[i * LANES + l] + value * x;
+                    to[i] = y_[i * LANES<T> + l] + value * x;
                 }
             }
             n_dense_[l] += output_[l] > before;
@@ -400,17 +400,17 @@ private:
 
     void move(const bool* moved) {
         bool all = true;
-        for (int l = 0; l < LANES; ++l) all = all && moved[l];
+        for (int l = 0; l < LANES<T>; ++l) all = all && moved[l];
         if (all) {
             std::memcpy(y_, y1_, size_ * sizeof(T));
             std::swap(slope_, slope1_);
             return;
         }
         for (int64_t i = 0; i < dim_; ++i)
-            for (int l = 0; l < LANES; ++l) {
+            for (int l = 0; l < LANES<T>; ++l) {
                 if (!moved[l]) continue;
-                y_[i * LANES + l] = y1_[i * LANES + l];
-                slope_[i * LANES + l] = slope1_[i * LANES + l];
+                y_[i * LANES<T> + l] = y1_[i * LANES<T> + l];
+                slope_[i * LANES<T> + l] = slope1_[i * LANES<T> + l];
             }
     }
 
@@ -477,12 +477,12 @@ public:
                 const ReverseProblem& reverse)
         : p_(problem), net_(network), rk_(rk), grad_(static_cast<const T*>(reverse.grad)),
           grad_y0_(static_cast<T*>(reverse.grad_y0)), dim_(network.dim),
-          size_(network.dim * LANES), wide_(network.inputs * LANES),
+          size_(network.dim * LANES<T>), wide_(network.inputs * LANES<T>),
           evaluator_(network, rk.n_extended, true) {
         const int n = rk.n_extended;
         k_ = arena_.take(size_ * n), states_ = arena_.take(wide_ * n);
         kappa_ = arena_.take(size_ * n), back_ = arena_.take(size_ * n);
-        lam_ = arena_.take(size_), h_ = arena_.take(LANES);
+        lam_ = arena_.take(size_), h_ = arena_.take(LANES<T>);
         moments_ = arena_.take(size_ * (rk.degree + 1));
         b_.assign(n, T(0));
         for (int i = 0; i < rk.n_stages - 1; ++i) b_[i] = rk.row(rk.n_stages - 1)[i];
@@ -490,8 +490,8 @@ public:
 
     void reverse(int64_t first, const TileRecord<T>& record, std::vector<LayerSum<T>>& sums) {
         first_ = first;
-        n_ = static_cast<int>(std::min<int64_t>(LANES, p_.batch - first));
-        for (int l = 0; l < LANES; ++l)
+        n_ = static_cast<int>(std::min<int64_t>(LANES<T>, p_.batch - first));
+        for (int l = 0; l < LANES<T>; ++l)
             sign_[l] = Times(p_, first + (l < n_ ? l : 0)).sign;
         std::fill(lam_, lam_ + size_, T(0));
         for (int l = 0; l < n_; ++l)
@@ -501,7 +501,7 @@ public:
         for (int l = 0; l < n_; ++l) {
             for (int64_t c = 0; c < record.first_output[l]; ++c) add_cotangent(l, c);
             for (int64_t i = 0; i < dim_; ++i)
-                grad_y0_[(first + l) * dim_ + i] = lam_[i * LANES + l];
+                grad_y0_[(first + l) * dim_ + i] = lam_[i * LANES<T> + l];
         }
     }
 
@@ -518,7 +518,7 @@ private:
     std::vector<T> b_;
     int64_t first_ = 0;
     int n_ = 0;
-    double sign_[LANES];
+    double sign_[LANES<T>];
 
     const T* cotangent(int lane, int64_t column) const {
         return grad_ + ((first_ + lane) * p_.n_times + column) * dim_;
@@ -526,14 +526,14 @@ private:
 
     void add_cotangent(int lane, int64_t column) {
         const T* g = cotangent(lane, column);
-        for (int64_t i = 0; i < dim_; ++i) lam_[i * LANES + lane] += g[i];
+        for (int64_t i = 0; i < dim_; ++i) lam_[i * LANES<T> + lane] += g[i];
     }
 
     void step(const TileRecord<T>& record, int64_t slot, std::vector<LayerSum<T>>& sums) {
         constexpr int W = width<T>;
-        const double* t = record.t.data() + slot * LANES;
-        const double* t1 = record.t1.data() + slot * LANES;
-        for (int l = 0; l < LANES; ++l)
+        const double* t = record.t.data() + slot * LANES<T>;
+        const double* t1 = record.t1.data() + slot * LANES<T>;
+        for (int l = 0; l < LANES<T>; ++l)
             h_[l] = static_cast<T>((t1[l] - t[l]) * sign_[l]);
         const bool dense = gather_outputs(record, slot);
         const int n = dense ? rk_.n_extended : rk_.n_stages - 1;
@@ -549,13 +549,13 @@ private:
                 store(state + at, sum);
             }
             if (net_.uses_time)
-                for (int l = 0; l < LANES; ++l)
-                    state[dim_ * LANES + l] =
+                for (int l = 0; l < LANES<T>; ++l)
+                    state[dim_ * LANES<T> + l] =
                         static_cast<T>(stage_time(rk_.c[i], t[l], t1[l]) * sign_[l]);
             T* k = k_ + i * size_;
             evaluator_.linearize(i, state, k);
             for (int64_t at = 0; at < size_; at += W)
-                store(k + at, load(k + at) * load(h_ + at % LANES));
+                store(k + at, load(k + at) * load(h_ + at % LANES<T>));
         }
 
         for (int i = n - 1; i >= 0; --i) {
@@ -568,7 +568,7 @@ private:
                     for (int m = 0; m < rk_.degree; ++m)
                         sum += load(moments_ + (m + 1) * size_ + at) *
                                rk_.dense[i * rk_.degree + m];
-                store(kappa + at, sum * load(h_ + at % LANES));
+                store(kappa + at, sum * load(h_ + at % LANES<T>));
             }
             evaluator_.pullback(i, kappa, back_ + i * size_);
         }
@@ -587,15 +587,15 @@ private:
         bool any = false;
         for (int l = 0; l < n_; ++l) {
             if (slot >= record.counts[l]) continue;
-            const int64_t from = record.outputs[slot * LANES + l];
+            const int64_t from = record.outputs[slot * LANES<T> + l];
             const int64_t to = slot + 1 < record.counts[l]
-                                   ? record.outputs[(slot + 1) * LANES + l]
+                                   ? record.outputs[(slot + 1) * LANES<T> + l]
                                    : record.first_held[l];
             if (from == to) continue;
             if (!any) std::fill(moments_, moments_ + size_ * (rk_.degree + 1), T(0));
             any = true;
             const Times times(p_, first_ + l);
-            const double t = record.t[slot * LANES + l], t1 = record.t1[slot * LANES + l];
+            const double t = record.t[slot * LANES<T> + l], t1 = record.t1[slot * LANES<T> + l];
             for (int64_t c = from; c < to; ++c) {
                 const double theta = (times[c] - t) / (t1 - t);
                 const T x = static_cast<T>(std::min(std::max(theta, 0.0), 1.0));
@@ -603,7 +603,7 @@ private:
                 T power = 1;
                 for (int m = 0; m <= rk_.degree; ++m, power *= x) {
                     T* to_moment = moments_ + m * size_ + l;
-                    for (int64_t i = 0; i < dim_; ++i) to_moment[i * LANES] += power * g[i];
+                    for (int64_t i = 0; i < dim_; ++i) to_moment[i * LANES<T>] += power * g[i];
                 }
             }
         }
@@ -634,7 +634,7 @@ class TiledRecording final : public Recording {
 public:
     explicit TiledRecording(const Problem& problem)
         : p_(problem), net_(problem.model), rk_(problem.tableau),
-          tiles_((problem.batch + LANES - 1) / LANES) {
+          tiles_((problem.batch + LANES<T> - 1) / LANES<T>) {
         if (problem.record) records_.resize(tiles_);
         run_jobs(tiles_, problem.threads, Forward{*this});
     }
@@ -667,7 +667,7 @@ private:
         void operator()(std::atomic<int64_t>& next) const {
             TileSolver<A, T> solver(self.p_, self.net_, self.rk_);
             for (int64_t i = next++; i < self.tiles_; i = next++)
-                solver.solve(i * LANES, self.records_.empty() ? nullptr : &self.records_[i]);
+                solver.solve(i * LANES<T>, self.records_.empty() ? nullptr : &self.records_[i]);
         }
     };
 
@@ -684,7 +684,7 @@ private:
                     sums[c].emplace_back(self.net_.out(l), self.net_.in(l), arenas[c]);
                 const int64_t end = self.tiles_ * (c + 1) / chunks;
                 for (int64_t i = self.tiles_ * c / chunks; i < end; ++i)
-                    tile.reverse(i * LANES, self.records_[i], sums[c]);
+                    tile.reverse(i * LANES<T>, self.records_[i], sums[c]);
             }
         }
     };
