@@ -19,7 +19,7 @@ from sknode._network import SolverSettings
 from sknode._training import Recipe
 from sknode.fields import ACTIVATIONS
 from sknode.ode import METHODS
-from sknode.ode.tableaus import get_tableau
+from sknode.ode.methods import get_method
 
 __all__ = ["SHARED_CONSTRAINTS", "BaseODEEstimator"]
 
@@ -109,7 +109,7 @@ class BaseODEEstimator(CallbackSupportMixin, BaseEstimator):
                 stacklevel=3,
             )
             rtol = least
-        adaptive = get_tableau(self.solver).adaptive
+        adaptive = get_method(self.solver).adaptive
         return SolverSettings(
             method=self.solver,
             rtol=float(rtol),

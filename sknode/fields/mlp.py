@@ -177,7 +177,7 @@ class MLPClosedForm:
     kernel values ``s`` of the layer before to ``z = s @ weights[l].T + biases[l]``.
     """
 
-    row_wise = True
+    row_wise = reusable = True
     probed = False
 
     def __init__(self, field: MLPField):

@@ -10,9 +10,10 @@ torch.Size([3, 1])
 """
 
 from sknode.ode.control import StepController
+from sknode.ode.methods import METHODS
 from sknode.ode.solution import Solution, SolverError, SolverWarning, Status
 from sknode.ode.solve import solve_ode
-from sknode.ode.tableaus import METHODS, Tableau
+from sknode.ode.tableaus import Tableau
 
 __all__ = [
     "METHODS",

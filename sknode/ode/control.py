@@ -6,13 +6,21 @@ shared control. All functions work on lanes, arrays of shape (lanes, ...).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["StepController", "error_ratio", "initial_step", "make_controller"]
+__all__ = [
+    "StepController",
+    "error_ratio",
+    "initial_step",
+    "make_controller",
+    "real_dtype",
+    "rms_norm",
+]
 
 
 @dataclass(frozen=True)
@@ -99,39 +107,59 @@ def make_controller(controller) -> StepController:
     )
 
 
-def _scale(size: Tensor, rtol: float, atol: float) -> Tensor:
+def real_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of a state's magnitudes, and of its times."""
+    return dtype.to_real() if dtype.is_complex else dtype
+
+
+def _scale(size: Tensor, rtol: float | Tensor, atol: float | Tensor) -> Tensor:
     """Return ``atol + rtol * size``, in the memory of size.
 
     Never zero: a component that is and stays zero has no error, whatever atol is.
     """
-    return size.mul_(rtol).add_(max(atol, torch.finfo(size.dtype).tiny))
+    tiny = torch.finfo(size.dtype).tiny
+    if isinstance(atol, Tensor):
+        return size.mul_(rtol).add_(atol).clamp_(min=tiny)
+    return size.mul_(rtol).add_(max(atol, tiny))
 
 
-def _rms(x: Tensor) -> np.ndarray:
+def rms_norm(x: Tensor) -> np.ndarray:
     """Root mean square of every row of a (lanes, n) tensor, on the host."""
     norm = torch.linalg.vector_norm(x, dim=1).cpu().numpy()
     return norm * float(x.shape[1] ** -0.5)
 
 
+def _norms(parts: list[Tensor], norm) -> list[np.ndarray]:
+    """Return the norms of several (lanes, n) tensors in one transfer if possible."""
+    if norm is None:
+        norms = rms_norm(torch.cat(parts) if len(parts) > 1 else parts[0])
+        return list(norms.astype(np.float64).reshape(len(parts), -1))
+    return [np.asarray(norm(part), dtype=np.float64) for part in parts]
+
+
 def error_ratio(
-    errors: list[Tensor], y: Tensor, y1: Tensor, rtol: float, atol: float
+    errors: list[Tensor],
+    y: Tensor,
+    y1: Tensor,
+    rtol: float | Tensor,
+    atol: float | Tensor,
+    norm: Callable[[Tensor], np.ndarray] | None = None,
 ) -> np.ndarray:
     """Return the error of a step in units of its tolerance, for every lane.
 
     The tolerance of a component is ``atol + rtol * max(|y|, |y1|)``, the norm is the
-    root mean square over the lane's own components. What is not a number is infinite.
+    root mean square over the lane's own components unless another one is given. What is
+    not a number is infinite.
     """
     scale = _scale(torch.maximum(y.abs(), y1.abs()), rtol, atol)
-    if len(errors) == 1:
-        ratio = _rms(errors[0].div_(scale)).astype(np.float64)
-    else:
+    norms = _norms([error.div_(scale) for error in errors], norm)
+    ratio = norms[0]
+    if len(norms) == 2:
         # DOP853: the third-order estimate keeps the fifth-order one from being fooled
-        norms = _rms(torch.cat([error.div_(scale) for error in errors]))
-        fine, coarse = norms.astype(np.float64).reshape(2, -1)
+        fine, coarse = norms
         with np.errstate(invalid="ignore", over="ignore"):
             ratio = fine**2 / np.sqrt(fine**2 + 0.01 * coarse**2 + 1e-300)
-    ratio[np.isnan(ratio)] = np.inf
-    return ratio
+    return np.where(np.isnan(ratio), np.inf, ratio)
 
 
 def initial_step(
@@ -143,6 +171,7 @@ def initial_step(
     order: int,
     rtol,
     atol,
+    norm=None,
 ) -> np.ndarray:
     """Choose the first step of every lane, inside its interval, by one evaluation.
 
@@ -156,6 +185,10 @@ def initial_step(
         State and slope at t.
     order : int
         Order of the error estimate plus one.
+    rtol, atol : float or Tensor of shape (n,)
+        Tolerances.
+    norm : callable, optional
+        Norm of the rows of a (lanes, n) tensor; by default their root mean square.
 
     Returns
     -------
@@ -167,14 +200,13 @@ def initial_step(
     """
     interval = t_end - t
     scale = _scale(y.abs(), rtol, atol)
-    norms = _rms(torch.cat([y / scale, k / scale]))
-    d0, d1 = norms.astype(np.float64).reshape(2, -1)
+    d0, d1 = _norms([y / scale, k / scale], norm)
     with np.errstate(all="ignore"):
         h0 = np.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
         # an infinite or undefined norm must not make the step so
         h0 = np.minimum(np.where(np.isfinite(h0), h0, 1e-6), interval)
         change = probe(np.minimum(t + h0, t_end), h0) - k
-        d2 = _rms(change / scale).astype(np.float64) / h0
+        d2 = _norms([change / scale], norm)[0] / h0
         steepest = np.maximum(d1, d2)
         h1 = np.where(
             steepest <= 1e-15,

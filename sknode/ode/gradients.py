@@ -12,8 +12,9 @@ cotangent of the step's start. An output at ``theta`` inside the step with cotan
 steps are kept; stages are computed again.
 
 Step sizes are constants. Moving t0 moves all steps but the end of the last one, moving
-the last time stretches the last step: these gradients, too, are those of the numbers
-computed, not of the exact solution.
+the last time stretches the last step, and steps that run from one output time to the
+next move with both: these gradients, too, are those of the numbers computed, not of the
+exact solution.
 
 References
 ----------
@@ -33,7 +34,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sknode.ode import kernels
-from sknode.ode.integrate import Grid, Options, StepRecord, Trace, integrate
+from sknode.ode.control import real_dtype
+from sknode.ode.integrate import Grid, Options, StepRecord, Stops, Trace, integrate
 from sknode.ode.runge_kutta import StageBuffer, StageTimes, powers
 from sknode.ode.vector_field import BoundField
 
@@ -47,6 +49,7 @@ class Run:
     field: BoundField
     times: np.ndarray
     options: Options
+    stops: Stops | None = None
     fused: bool = False  # by a kernel
     k0: Tensor | None = None
     trace: Trace | None = None
@@ -60,7 +63,7 @@ class Run:
             return self.trace.y
         with torch.no_grad():
             self.field.prepare()
-            grid = Grid.from_times(self.times)
+            grid = Grid.from_times(self.times, self.stops)
             self.trace = integrate(
                 self.field, y0, grid, self.options, k0=self.k0, record=record
             )
@@ -84,6 +87,13 @@ def discrete_adjoint(run: Run, y0: Tensor, times: Tensor) -> Tensor:
     Tensor of shape (lanes, n_times, n)
     """
     return _DiscreteAdjoint.apply(run, y0, times, *run.field.parameters)
+
+
+def _dot(cotangent: Tensor, value: Tensor) -> Tensor:
+    """Return the cotangent of a real factor of value, summed over the last axis."""
+    if cotangent.is_complex():
+        return (cotangent * value.conj()).real.sum(-1)
+    return (cotangent * value).sum(-1)
 
 
 class _DiscreteAdjoint(torch.autograd.Function):
@@ -202,7 +212,7 @@ class _Sweep:
             torch.mul(cotangent, h, out=kappa.rows[i])
             time = field.pullback(i, kappa.rows[i], need_times, stack.rows[m])
             if need_times:
-                by_length = by_length + (cotangent * k.rows[i]).sum(1)
+                by_length = by_length + _dot(cotangent, k.rows[i])
                 if time is not None:
                     c = coefficients.c[i]
                     by_start = by_start + (1 - c) * time
@@ -216,7 +226,7 @@ class _Sweep:
     def _outputs_cotangent(self, record: StepRecord) -> Tensor:
         """Gather the cotangents of a step's outputs by the power of theta."""
         lanes, columns, theta = record.outputs
-        x = powers(theta, self.coefficients.dense.shape[1])
+        x = powers(theta, self.coefficients.dense.shape[1]).to(self.grad.dtype)
         g = self.grad[self._rows(record)[lanes], columns]
         if len(record.y) == 1:
             return (x.t() @ g)[:, None]
@@ -230,11 +240,7 @@ class _Sweep:
         return torch.arange(len(record.y), device=record.y.device)
 
     def _add_times(self, record, k, by_length, by_start, by_end) -> None:
-        """Add what a step contributes to the gradients of the times.
-
-        Its start moves with t0. Its end does so too, with the step size kept, unless it
-        is the end of the interval.
-        """
+        """Add what a step contributes to the gradients of the times."""
         dtype, rows, h = self.grad_times.dtype, self._rows(record), record.h[:, 0]
         still = h == 0
         by_length = torch.where(still, 0.0, by_length / torch.where(still, 1.0, h))
@@ -242,18 +248,17 @@ class _Sweep:
         if record.outputs is not None:
             lanes, columns, theta = record.outputs
             slope = self._dense_slope(k, lanes, theta) / h[lanes, None]
-            moved = (self.grad[rows[lanes], columns] * slope).sum(1)
+            moved = _dot(self.grad[rows[lanes], columns], slope)
             at = (rows[lanes], columns)
             self.grad_times.index_put_(at, moved.to(dtype), accumulate=True)
             # theta = (t_out - start) / (end - start)
             by_start = by_start.index_add(0, lanes, (theta - 1) * moved)
             by_end = by_end.index_add(0, lanes, -theta * moved)
-        by_start, by_end = by_start.to(dtype), by_end.to(dtype)
-        zero, arrived = torch.zeros_like(by_end), self._tensor(record.arrived)
-        first = by_start + torch.where(arrived, zero, by_end)
-        self.grad_times[:, 0].index_add_(0, rows, torch.where(still, zero, first))
-        last = torch.where(arrived & ~still, by_end, zero)
-        self.grad_times[:, -1].index_add_(0, rows, last)
+        columns = step_ends(record, self.trace, self.grad.shape[1])
+        for column, value in zip(columns, (by_start, by_end), strict=True):
+            value = torch.where(still, 0.0, value).to(dtype)
+            at = (rows, self._tensor(column))
+            self.grad_times.index_put_(at, value, accumulate=True)
 
     def _dense_slope(self, k: Tensor, lanes: Tensor, theta: Tensor) -> Tensor:
         """Return the derivative of dense outputs by theta."""
@@ -261,7 +266,7 @@ class _Sweep:
         degrees = torch.arange(
             1, p.shape[1] + 1, dtype=theta.dtype, device=theta.device
         )
-        x = degrees * powers(theta, p.shape[1] - 1)
+        x = (degrees * powers(theta, p.shape[1] - 1)).to(p.dtype)
         polynomial = (p.t() @ k.flatten(1)).view(-1, *k.shape[1:]).transpose(0, 1)
         return torch.einsum("md,mdn->mn", x, polynomial[lanes])
 
@@ -271,11 +276,27 @@ class _Sweep:
         total = self.grad_times[:n_lanes]
         if total.shape[1] > 1:
             # the first time once more, before any step, still has a slope
-            slopes = torch.einsum("ltn,ln->lt", self.grad, self.trace.k0)
+            slopes = _dot(self.grad, self.trace.k0[:, None, :])
             slopes = torch.where(self._tensor(self.trace.at_start), slopes, 0.0)
             slopes[:, 0] = -slopes[:, 1:].sum(1)
             total = total + slopes.to(total.dtype)
         return total if self.times.ndim == 2 else total.sum(0)
+
+
+def step_ends(record: StepRecord, trace: Trace, n_times: int):
+    """Return the output times with which the start and the end of a step move.
+
+    The start moves with t0. The end does so too, with the step size kept, unless it is
+    the end of the interval. Where steps run between output times, both move with those.
+    """
+    last = n_times - 1
+    if record.start_stop is None:
+        return np.zeros(len(record.t), np.int64), np.where(record.arrived, last, 0)
+    # under shared control: all lanes have the same times
+    first_stop = trace.at_start[0].sum()
+    start = np.where(record.start_stop > 0, first_stop + record.start_stop - 1, 0)
+    end = np.where(record.arrived, last, first_stop + record.end_stop - 1)
+    return start, end
 
 
 def replay(run: Run, field: BoundField, y0: Tensor, times: Tensor) -> Tensor:
@@ -296,23 +317,22 @@ def replay(run: Run, field: BoundField, y0: Tensor, times: Tensor) -> Tensor:
     trace, tableau, n_lanes = run.trace, run.options.tableau, len(y0)
     device = y0.device
     y = torch.cat([y0, y0.new_zeros(trace.n_padded - n_lanes, y0.shape[1])])
-    t0, t_end = times[..., 0].expand(n_lanes), times[..., -1].expand(n_lanes)
-    extra = times.new_zeros(trace.n_padded - n_lanes)
     # zero, but with a gradient
-    shift0 = torch.cat([t0 - t0.detach(), extra])
-    shift1 = torch.cat([t_end - t_end.detach(), extra])
+    shift = (times - times.detach()).expand(n_lanes, -1)
+    extra = times.new_zeros(trace.n_padded - n_lanes, times.shape[-1])
+    shift = torch.cat([shift, extra])
     coefficients = tableau.tensors(y.dtype, device)
     outputs = []
     for record in trace.records:
         rows = record.rows
         if rows is None:
             rows = torch.arange(len(record.y), device=device)
-        t = torch.from_numpy(record.t).to(times) + shift0[rows]
-        t1 = torch.from_numpy(record.t1).to(times)
-        arrived = torch.from_numpy(record.arrived).to(device)
-        t1 = t1 + torch.where(arrived, shift1[rows], shift0[rows])
+        ends = step_ends(record, trace, times.shape[-1])
+        start_column, end_column = (torch.from_numpy(x).to(device) for x in ends)
+        t = torch.from_numpy(record.t).to(times) + shift[rows, start_column]
+        t1 = torch.from_numpy(record.t1).to(times) + shift[rows, end_column]
         length = t1 - t
-        change = (length - length.detach()).to(y.dtype)[:, None]
+        change = (length - length.detach()).to(real_dtype(y.dtype))[:, None]
         h = record.h + torch.where(record.h != 0, change, torch.zeros_like(change))
         start = y[rows]
         k = _stages(field, tableau, t, t1, h, start, record.outputs is not None)
@@ -327,7 +347,9 @@ def replay(run: Run, field: BoundField, y0: Tensor, times: Tensor) -> Tensor:
             degree = coefficients.dense.shape[1]
             x = torch.stack([theta ** (i + 1) for i in range(degree)], 1)
             values = start[lanes] + torch.einsum(
-                "ms,smn->mn", x @ coefficients.dense.t(), torch.stack(k)[:, lanes]
+                "ms,smn->mn",
+                x.to(y.dtype) @ coefficients.dense.t(),
+                torch.stack(k)[:, lanes],
             )
             outputs.append((rows[lanes], columns, values))
     return _assemble(trace, y0, y[:n_lanes], times, outputs)
@@ -344,7 +366,7 @@ def _stages(field, tableau, t, t1, h, y, extended: bool) -> list[Tensor]:
             stage = y + torch.einsum("s,sln->ln", coefficients.a[i], torch.stack(k))
         c = coefficients.c[i]
         time = t1 if c == 1.0 else t + c * (t1 - t)
-        k.append(field.evaluate(time.to(y.dtype)[:, None], stage) * h)
+        k.append(field.evaluate(time.to(h.dtype)[:, None], stage) * h)
     return k
 
 

@@ -15,25 +15,31 @@ Time runs upwards inside the loop, whatever the direction of the interval: ``t``
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sknode.ode.control import StepController, error_ratio, initial_step
-from sknode.ode.runge_kutta import (
-    StageBuffer,
-    StageTimes,
-    dense_values,
-    extend,
-    step,
-)
+from sknode.ode.control import StepController, initial_step, real_dtype
 from sknode.ode.solution import Status
+from sknode.ode.stepper import Stepper
 from sknode.ode.tableaus import Tableau
 
-__all__ = ["Grid", "Options", "StepRecord", "Trace", "check_order", "integrate"]
+__all__ = [
+    "Grid",
+    "Lanes",
+    "Monitor",
+    "Options",
+    "StepRecord",
+    "Stops",
+    "Trace",
+    "check_order",
+    "integrate",
+    "to_device",
+]
 
 # Matrix products treat full blocks of rows alike; a remainder goes through other
 # instructions and rounds differently. Batches that are multiples of this make a row's
@@ -49,18 +55,95 @@ LEAVE_BATCH = 256
 RESOLUTION = 4 * np.finfo(np.float64).eps
 
 
+class Monitor(Protocol):
+    """Someone who is told of every step, under shared control."""
+
+    def on_step(self, t: float, y: Tensor, h: float) -> None:
+        """Called before a step is attempted."""
+
+    def on_accept(self, t: float, y: Tensor, h: float) -> None:
+        """Called after a step was accepted."""
+
+    def on_reject(self, t: float, y: Tensor, h: float) -> None:
+        """Called after a step was rejected."""
+
+
+class Watch(Protocol):
+    """Someone who may end a lane inside an accepted step, as events do."""
+
+    def look(self, rows, t, t1, y, y1, moved, sign, dense):
+        """Return the mask of lanes that end, their times and their states, or None.
+
+        ``dense(lanes, theta)`` gives states inside the step. Times are ascending.
+        """
+
+
 @dataclass(frozen=True)
 class Options:
     """What the loop needs to know beside the problem."""
 
-    tableau: Tableau
-    rtol: float
-    atol: float
+    tableau: Tableau | None  # of an explicit Runge-Kutta method
+    rtol: float | Tensor
+    atol: float | Tensor
     max_steps: int
     controller: StepController
     first_step: float | None = None
     min_step: float = 0.0
     step_size: float | None = None  # a constant step, without error control
+    max_step: float = np.inf
+    force_min_step: bool = False  # accept steps that cannot be shortened
+    norm: Callable[[Tensor], np.ndarray] | None = None  # (lanes, n) -> (lanes,)
+    monitor: Monitor | None = None
+    watch: Watch | None = None
+    make_stepper: Callable[[Any, Options], Stepper] | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether there is nothing here that a kernel does not know."""
+        return (
+            self.tableau is not None
+            and self.max_step == np.inf
+            and not self.force_min_step
+            and self.norm is None
+            and self.monitor is None
+            and self.watch is None
+            and not isinstance(self.rtol, Tensor)
+            and not isinstance(self.atol, Tensor)
+        )
+
+
+@dataclass(frozen=True)
+class Stops:
+    """Times inside the interval at which steps have to end.
+
+    Attributes
+    ----------
+    times : ndarray of shape (n_stops,) or (lanes, n_stops)
+        Ascending, after the start, infinite where a lane has fewer.
+    on_reach : callable or None
+        ``on_reach(rows, first, last, t, y, k)``, called when lanes have reached a stop,
+        with the rows of all lanes, the range of stops that each has reached (empty for
+        those that have not) and their ascending times; returns states and slopes.
+    tied : bool
+        Whether the stops are the output times themselves, and move with them.
+    """
+
+    times: np.ndarray
+    on_reach: Callable[..., tuple[Tensor, Tensor]] | None = None
+    tied: bool = False
+
+    def next(self, rows: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """Return the time of the stop with this index, infinite if there is none."""
+        n = self.times.shape[-1]
+        row = rows if self.times.ndim == 2 else 0
+        times = np.atleast_2d(self.times)[row, np.minimum(index, n - 1)]
+        return np.where(index < n, times, np.inf)
+
+    def count(self, rows: np.ndarray, t: np.ndarray) -> np.ndarray:
+        """Return how many stops lie at or before t."""
+        if self.times.ndim == 1:
+            return np.searchsorted(self.times, t, side="right")
+        return (self.times[rows] <= t[:, None]).sum(1)
 
 
 @dataclass(frozen=True)
@@ -71,10 +154,13 @@ class Grid:
     ----------
     times : ndarray of shape (n_times,) or (lanes, n_times)
     direction : float or ndarray of shape (lanes,)
+    stops : Stops or None
+        Times at which steps have to end.
     """
 
     times: np.ndarray
     direction: float | np.ndarray
+    stops: Stops | None = None
 
     @property
     def at_start(self) -> np.ndarray:
@@ -82,13 +168,13 @@ class Grid:
         return self.times == self.times[..., :1]
 
     @classmethod
-    def from_times(cls, t: np.ndarray) -> Grid:
-        """Orient times as `check_order` lets them pass."""
+    def from_times(cls, t: np.ndarray, stops: Stops | None = None) -> Grid:
+        """Orient times as `check_order` lets them pass; stops are so already."""
         sign = np.where(t[..., -1:] < t[..., :1], -1.0, 1.0)
         times = t * sign
         uniform = len(np.unique(sign)) <= 1
         direction = float(sign.flat[0]) if uniform and sign.size else sign[..., 0]
-        return cls(times, direction if sign.size else 1.0)
+        return cls(times, direction if sign.size else 1.0, stops)
 
 
 def check_order(t: np.ndarray) -> np.ndarray:
@@ -129,6 +215,8 @@ class StepRecord:
     y: Tensor
     arrived: np.ndarray
     outputs: tuple[Tensor, Tensor, Tensor] | None
+    start_stop: np.ndarray | None = None  # stops reached before and after the step,
+    end_stop: np.ndarray | None = None  # where they are tied to output times
 
 
 @dataclass
@@ -148,10 +236,13 @@ class Trace:
     at_start: np.ndarray | None = None  # (lanes, n_times), times that equal the first
     k0: Tensor | None = None  # first slope
     n_padded: int = 0  # lanes counted by the records' rows
+    n_jumps: np.ndarray | None = None  # stops at which the slope was computed anew
+    stepper: Stepper | None = None
+    n_evaluations: np.ndarray | None = None  # after the first slopes
 
 
 @dataclass
-class _Lanes:
+class Lanes:
     """State of the lanes still in the batch; every array has them first."""
 
     y: Tensor
@@ -159,7 +250,9 @@ class _Lanes:
     rows: np.ndarray
     t: np.ndarray
     t_end: np.ndarray
-    near_end: np.ndarray  # a step that gets here goes to the end
+    goal: np.ndarray  # the next stop, or the end
+    near_goal: np.ndarray  # a step that gets here goes to the goal
+    next_stop: np.ndarray
     floor: np.ndarray  # smallest step, relative to the interval
     h: np.ndarray
     running: np.ndarray
@@ -167,19 +260,20 @@ class _Lanes:
     n_steps: np.ndarray
     n_rejected: np.ndarray
     n_dense: np.ndarray
+    n_jumps: np.ndarray
     next_output: np.ndarray
     history: np.ndarray  # errors before, (lanes, n_history)
 
-    def select(self, index: np.ndarray) -> _Lanes:
+    def select(self, index: np.ndarray) -> Lanes:
         """Keep some lanes."""
         index_y = torch.from_numpy(index).to(self.y.device)
-        return _Lanes(
+        return Lanes(
             self.y[index_y],
             self.k[index_y],
             **{f.name: getattr(self, f.name)[index] for f in fields(self)[2:]},
         )
 
-    def store(self, total: _Lanes) -> None:
+    def store(self, total: Lanes) -> None:
         """Write back into the arrays of all lanes."""
         if total is self:
             return
@@ -220,14 +314,14 @@ def integrate(
     Trace
     """
     n_lanes, n_times = len(y0), grid.times.shape[-1]
-    tableau, controller = options.tableau, options.controller
     if field.row_wise:
         y0, grid, k0 = _pad(y0, grid, k0)
-    lanes = total = _start(field, y0, grid, options, k0)
-    k0, records = total.k, [] if record else None
+    stepper = options.make_stepper(field, options)
+    lanes = total = _start(field, y0, grid, options, stepper, k0)
+    k0, records, stops = total.k, [] if record else None, grid.stops
     # a column an output time; none but the first is known yet
     outputs_y = y0[:, None, :].repeat(1, n_times, 1)
-    buffer = StageBuffer(tableau.n_stages, y0, reuse=field.row_wise)
+    stepper.start(lanes)
     n_running, attempt = np.count_nonzero(lanes.running), 0
     while n_running:
         if attempt == options.max_steps:
@@ -238,21 +332,27 @@ def integrate(
         # attempt a step
         t, y, running = lanes.t, lanes.y, lanes.running
         t1 = t + lanes.h
-        t1 = np.where(t1 >= lanes.near_end, lanes.t_end, t1)
+        t1 = np.where(t1 >= lanes.near_goal, lanes.goal, t1)
         length = t1 - t
         sign = grid.direction
         if isinstance(sign, np.ndarray):
             sign = sign[lanes.rows]
         h = to_device(length * sign, y)[:, None]
-        times = StageTimes(field, tableau, t * sign, t1 * sign, y)
-        if buffer.lanes != y.shape[0]:
-            buffer = StageBuffer(tableau.n_stages, y, reuse=field.row_wise)
-        y1, slope = step(field, tableau, times, h, y, lanes.k, buffer)
+        if options.monitor is not None:
+            options.monitor.on_step(float((t * sign)[0]), y, float(length[0]))
+        y1, slope = stepper.attempt(t * sign, t1 * sign, h, y, lanes.k)
 
         # accept or reject: here the host waits for the device
-        ratio, accept = _judge(options, buffer, y, y1)
+        ratio, accept = stepper.judge(y, y1)
+        if options.force_min_step:
+            accept |= length <= options.min_step
         moved = accept & running
         n_moved = np.count_nonzero(moved)
+        if options.monitor is not None:
+            notice = options.monitor.on_accept if n_moved else options.monitor.on_reject
+            notice(float((t * sign)[0]), y, float(length[0]))
+        if options.watch is not None and n_moved:
+            t1, y1 = _end_early(options.watch, lanes, stepper, t1, y1, moved, sign)
         t_new = np.where(accept, t1, t)
 
         # evaluate what fell into the step
@@ -262,8 +362,7 @@ def integrate(
             counts = reached - lanes.next_output
             if counts.any():
                 outputs = _locate(grid, lanes, length, counts)
-                k = extend(field, tableau, times, h, y, buffer)
-                values = dense_values(tableau, y, k, outputs[0], outputs[2])
+                values = stepper.dense(outputs[0], outputs[2])
                 rows = to_device(lanes.rows, y)[outputs[0]]
                 outputs_y[rows, outputs[1]] = values
                 lanes.n_dense += counts > 0
@@ -271,12 +370,15 @@ def integrate(
         if record and n_moved:
             arrived = t1 == lanes.t_end
             entry = StepRecord(None, t * sign, t1 * sign, h, y, arrived, outputs)
+            if stops is not None and stops.tied:
+                entry.start_stop = lanes.next_stop
+                entry.end_stop = stops.count(lanes.rows, t1)
             rows = None if lanes is total else lanes.rows
             records.append(_keep_moved(entry, rows, moved, n_moved, field.row_wise))
 
         # move
-        everyone = n_moved == y.shape[0]
-        if everyone:
+        stepper.accept(moved)
+        if n_moved == y.shape[0]:
             lanes.y, lanes.k = y1, slope
         else:
             mask = torch.from_numpy(moved).to(y.device)[:, None]
@@ -287,15 +389,18 @@ def integrate(
 
         # choose the next step
         if ratio is not None:
-            factor = controller.factor(ratio, lanes.history, tableau.error_order)
+            planned = lanes.h
+            proposed = stepper.propose(lanes, length, ratio, moved)
+            if stops is not None:
+                # a step that was cut short by a stop says little about the next one
+                cut = moved & (length < planned)
+                proposed = np.where(cut, np.maximum(proposed, planned), proposed)
             floor = np.maximum(np.abs(t_new) * RESOLUTION, lanes.floor)
-            lanes.h = np.maximum(length * factor, floor)
-            if controller.n_history:
-                recent = np.maximum(ratio, 1e-4)[:, None]
-                recent = np.concatenate([recent, lanes.history[:, :-1]], axis=1)
-                lanes.history = np.where(moved[:, None], recent, lanes.history)
+            lanes.h = np.minimum(np.maximum(proposed, floor), options.max_step)
         if n_moved < n_running:
             _give_up(lanes, running & ~accept, ratio, length)
+        if stops is not None and n_moved:
+            _pass_stops(stops, lanes, stepper, moved)
         lanes.running = t_new < lanes.t_end
         n_running = np.count_nonzero(lanes.running)
 
@@ -305,18 +410,21 @@ def integrate(
         if large and 0 < size <= (1 - LEAVE_SHARE) * y.shape[0]:
             lanes.store(total)
             # running ones first; some that have arrived fill the last block
-            lanes = lanes.select(np.argsort(~lanes.running, kind="stable")[:size])
+            index = np.argsort(~lanes.running, kind="stable")[:size]
+            lanes = lanes.select(index)
+            stepper.select(index)
     lanes.store(total)
     _fill(outputs_y, total)
     interval = grid.times[..., -1] - grid.times[..., 0]
     moving = np.broadcast_to(interval > 0, len(y0))
     reached = total.t * grid.direction
-    return Trace(
+    trace = Trace(
         y=outputs_y[:n_lanes],
         status=total.status[:n_lanes],
         n_steps=total.n_steps[:n_lanes],
         n_rejected=total.n_rejected[:n_lanes],
         n_dense=total.n_dense[:n_lanes],
+        n_jumps=total.n_jumps[:n_lanes],
         next_output=total.next_output[:n_lanes],
         t_reached=reached[:n_lanes],
         moving=moving[:n_lanes],
@@ -324,13 +432,60 @@ def integrate(
         k0=k0[:n_lanes],
         n_padded=len(k0),
         records=records,
+        stepper=stepper,
     )
+    trace.n_evaluations = stepper.evaluations(trace)
+    return trace
+
+
+def _end_early(watch, lanes: Lanes, stepper, t1, y1, moved, sign):
+    """Let lanes end inside their step."""
+    found = watch.look(lanes.rows, lanes.t, t1, lanes.y, y1, moved, sign, stepper.dense)
+    if found is None:
+        return t1, y1
+    ended, at, states = found
+    lanes.t_end = np.where(ended, at, lanes.t_end)
+    lanes.goal = np.where(ended, at, lanes.goal)
+    lanes.near_goal = np.where(ended, at, lanes.near_goal)
+    lanes.status = np.where(ended, Status.EVENT, lanes.status)
+    mask = torch.from_numpy(ended).to(y1.device)[:, None]
+    return np.where(ended, at, t1), torch.where(mask, states, y1)
+
+
+def _pass_stops(stops: Stops, lanes: Lanes, stepper: Stepper, moved) -> None:
+    """Note the stops that were reached, and let states and slopes jump there."""
+    before = lanes.next_stop
+    reached = np.where(
+        moved, np.maximum(stops.count(lanes.rows, lanes.t), before), before
+    )
+    landed = reached > before
+    if not landed.any():
+        return
+    lanes.next_stop = reached
+    _aim(lanes, stops)
+    if stops.on_reach is None:
+        return
+    y, k = stops.on_reach(lanes.rows, before, reached, lanes.t, lanes.y, lanes.k)
+    if k is not lanes.k:
+        lanes.n_jumps += landed
+        stepper.restart(landed, k)
+    lanes.y, lanes.k = y, k
+
+
+def _aim(lanes: Lanes, stops: Stops | None, slack: float = 0.0) -> None:
+    """Set the goal of every lane's next steps: its next stop or its end."""
+    goal = lanes.t_end
+    if stops is not None:
+        goal = np.minimum(goal, stops.next(lanes.rows, lanes.next_stop))
+    largest = np.maximum(np.abs(lanes.t), np.abs(goal))
+    lanes.goal = goal
+    lanes.near_goal = goal - np.maximum(4 * RESOLUTION * largest, slack)
 
 
 def to_device(values: np.ndarray, like: Tensor) -> Tensor:
     """Bring an array to the device, real numbers in the dtype of the states."""
     tensor = torch.from_numpy(np.ascontiguousarray(values))
-    dtype = like.dtype if tensor.is_floating_point() else None
+    dtype = real_dtype(like.dtype) if tensor.is_floating_point() else None
     return tensor.to(device=like.device, dtype=dtype, non_blocking=True)
 
 
@@ -340,17 +495,22 @@ def _pad(y0: Tensor, grid: Grid, k0: Tensor | None):
     if not extra:
         return y0, grid, k0
     n, n_times = len(y0), grid.times.shape[-1]
-    y0 = torch.cat([y0, y0.new_zeros(extra, y0.shape[1])])
-    k0 = None if k0 is None else torch.cat([k0, k0.new_zeros(extra, k0.shape[1])])
+    y0 = torch.cat([y0, y0[-1:].expand(extra, -1)])
+    k0 = None if k0 is None else torch.cat([k0, k0[-1:].expand(extra, -1)])
     times = np.broadcast_to(grid.times, (n, n_times))
-    start = np.broadcast_to(times[:1, :1], (extra, n_times))
-    direction = grid.direction
+    start = np.broadcast_to(times[-1:, :1], (extra, n_times))
+    direction, stops = grid.direction, grid.stops
     if isinstance(direction, np.ndarray):
-        direction = np.concatenate([direction, np.repeat(direction[:1], extra)])
-    return y0, Grid(np.concatenate([times, start]), direction), k0
+        direction = np.concatenate([direction, np.repeat(direction[-1:], extra)])
+    if stops is not None and stops.times.ndim == 2:
+        none = np.full((extra, stops.times.shape[1]), np.inf)
+        stops = replace(stops, times=np.concatenate([stops.times, none]))
+    return y0, Grid(np.concatenate([times, start]), direction, stops), k0
 
 
-def _start(field, y0: Tensor, grid: Grid, options: Options, k0) -> _Lanes:
+def _start(
+    field, y0: Tensor, grid: Grid, options: Options, stepper: Stepper, k0
+) -> Lanes:
     """Evaluate the first slope and choose the first step."""
     n, n_times = len(y0), grid.times.shape[-1]
     t = np.broadcast_to(grid.times[..., 0], n).copy()
@@ -386,40 +546,43 @@ def _start(field, y0: Tensor, grid: Grid, options: Options, k0) -> _Lanes:
             signed = to_device(length * sign, y)[:, None]
             return evaluate(t1, torch.addcmul(y, k, signed))
 
-        order = options.tableau.error_order
-        h = initial_step(probe, t, t_end, y, k, order, options.rtol, options.atol)
+        h = initial_step(
+            probe,
+            t,
+            t_end,
+            y,
+            k,
+            stepper.error_order,
+            options.rtol,
+            options.atol,
+            options.norm,
+        )
         h = np.maximum(h, floor)
     n_history = options.controller.n_history if options.step_size is None else 0
-    largest = np.maximum(np.abs(t), np.abs(t_end))
-    # constant steps that divide the interval are that many, however their sum rounds
-    slack = 1e-6 * (options.step_size or 0.0)
-    return _Lanes(
+    lanes = Lanes(
         y=y,
         k=k,
         rows=np.arange(n),
         t=t,
         t_end=t_end,
-        near_end=t_end - np.maximum(4 * RESOLUTION * largest, slack),
+        goal=t_end,
+        near_goal=t_end,
+        next_stop=np.zeros(n, dtype=np.int64),
         floor=floor,
-        h=h,
+        h=np.minimum(h, options.max_step),
         running=t < t_end,
         status=status,
         n_steps=np.zeros(n, dtype=np.int64),
         n_rejected=np.zeros(n, dtype=np.int64),
         n_dense=np.zeros(n, dtype=np.int64),
+        n_jumps=np.zeros(n, dtype=np.int64),
         next_output=np.minimum(np.broadcast_to(grid.at_start.sum(-1), n), n_times - 1),
         history=np.ones((n, n_history)),
     )
-
-
-def _judge(options: Options, buffer: StageBuffer, y: Tensor, y1: Tensor):
-    """Return the scaled error, if there is one, and whether the step is accepted."""
-    if options.step_size is not None:
-        return None, torch.isfinite(y1).all(1).cpu().numpy()
-    weights = options.tableau.tensors(y.dtype, y.device).error
-    errors = [torch.mv(buffer.columns[-1], w).view_as(y) for w in weights]
-    ratio = error_ratio(errors, y, y1, options.rtol, options.atol)
-    return ratio, ratio <= 1
+    # constant steps that divide the interval are that many, however their sum rounds
+    constant = np.isfinite(options.step_size or np.inf)
+    _aim(lanes, grid.stops, 1e-6 * options.step_size if constant else 0.0)
+    return lanes
 
 
 def _outputs_reached(grid: Grid, rows, t: np.ndarray, before: np.ndarray):
@@ -438,7 +601,7 @@ def _outputs_reached(grid: Grid, rows, t: np.ndarray, before: np.ndarray):
     return np.maximum(np.minimum(reached, grid.times.shape[-1] - 1), before)
 
 
-def _locate(grid: Grid, lanes: _Lanes, length: np.ndarray, counts: np.ndarray):
+def _locate(grid: Grid, lanes: Lanes, length: np.ndarray, counts: np.ndarray):
     """List the outputs of a step: which lane, which output time, where in the step."""
     lane = np.repeat(np.arange(len(counts)), counts)
     before = counts.cumsum() - counts - lanes.next_output
@@ -476,10 +639,12 @@ def _keep_moved(entry: StepRecord, rows, moved, n_moved: int, row_wise: bool):
         y=entry.y[index_y],
         arrived=entry.arrived[index],
         outputs=outputs,
+        start_stop=None if entry.start_stop is None else entry.start_stop[index],
+        end_stop=None if entry.end_stop is None else entry.end_stop[index],
     )
 
 
-def _give_up(lanes: _Lanes, rejected, ratio: np.ndarray | None, length) -> None:
+def _give_up(lanes: Lanes, rejected, ratio: np.ndarray | None, length) -> None:
     """Count rejected steps; freeze the lanes that cannot step any smaller."""
     lanes.n_rejected += rejected
     if ratio is None:
@@ -491,10 +656,10 @@ def _give_up(lanes: _Lanes, rejected, ratio: np.ndarray | None, length) -> None:
     if hopeless.any():
         lanes.status = np.where(hopeless, code, lanes.status)
         lanes.t_end = np.where(hopeless, lanes.t, lanes.t_end)
-        lanes.near_end = np.where(hopeless, lanes.t, lanes.near_end)
+        lanes.goal = lanes.near_goal = np.where(hopeless, lanes.t, lanes.goal)
 
 
-def _fill(outputs_y: Tensor, total: _Lanes) -> None:
+def _fill(outputs_y: Tensor, total: Lanes) -> None:
     """Write the last states where they belong: the last time, and those not reached."""
     n_times = outputs_y.shape[1]
     started = total.n_steps > 0

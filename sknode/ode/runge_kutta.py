@@ -1,4 +1,4 @@
-"""One explicit Runge-Kutta step of many lanes at once, and its dense output.
+"""Explicit Runge-Kutta methods: one step of many lanes at once, and what is inside it.
 
 Stages are kept as ``h * slope`` in a buffer of shape (stages, lanes, n): a stage is
 then one fused multiply-add over the flattened lanes, and so are error and dense output.
@@ -10,9 +10,87 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sknode.ode.control import real_dtype
+from sknode.ode.stepper import Stepper
 from sknode.ode.tableaus import Tableau
 
-__all__ = ["StageBuffer", "StageTimes", "dense_values", "extend", "powers", "step"]
+__all__ = [
+    "ExplicitStepper",
+    "StageBuffer",
+    "StageTimes",
+    "dense_values",
+    "count_evaluations",
+    "powers",
+]
+
+
+class ExplicitStepper(Stepper):
+    """An explicit Runge-Kutta method at work."""
+
+    def __init__(self, field, options):
+        super().__init__(field, options)
+        self.tableau: Tableau = options.tableau
+        self.error_order = self.tableau.error_order
+        self._buffer: StageBuffer | None = None
+
+    def attempt(self, t, t1, h, y, k):
+        buffer = self._buffer
+        if buffer is None or buffer.lanes != y.shape[0]:
+            reuse = self.field.reusable
+            buffer = self._buffer = StageBuffer(self.tableau.n_stages, y, reuse)
+        self._times = StageTimes(self.field, self.tableau, t, t1, y)
+        self._h, self._y, self._extended = h, y, None
+        return self._step(h, y, k, buffer)
+
+    def _step(self, h: Tensor, y: Tensor, k1: Tensor, buffer: StageBuffer):
+        """Fill the buffer with the scaled slopes of all stages."""
+        tableau, times = self.tableau, self._times
+        a, last = tableau.tensors(y.dtype, y.device).a, tableau.n_stages - 1
+        rows, flat = buffer.rows, y.view(-1)
+        torch.mul(k1, h, out=rows[0])
+        for i in range(1, last):
+            slope = self.field.evaluate(times[i], buffer.combine(flat, i, a[i]))
+            torch.mul(slope, h, out=rows[i])
+        # the state at the end is kept: it needs memory of its own
+        y1 = torch.addmv(flat, buffer.columns[last], a[last]).view(y.shape)
+        slope = self.field.evaluate(times[last], y1)
+        torch.mul(slope, h, out=rows[last])
+        return y1, slope
+
+    def errors(self):
+        columns, y = self._buffer.columns[-1], self._y
+        weights = self.tableau.tensors(y.dtype, y.device).error
+        return [torch.mv(columns, w).view_as(y) for w in weights]
+
+    def dense(self, lanes, theta):
+        if self._extended is None:
+            self._extended = self._extend()
+        return dense_values(self.tableau, self._y, self._extended, lanes, theta)
+
+    def _extend(self) -> Tensor:
+        """Return the stages with those that only the dense output needs."""
+        tableau, y = self.tableau, self._y
+        n, extended = tableau.n_stages, tableau.n_stages_extended
+        if extended == n:
+            return self._buffer.values
+        larger = StageBuffer(extended, y, reuse=False)
+        larger.values[:n] = self._buffer.values
+        a = tableau.tensors(y.dtype, y.device).a
+        for i in range(n, extended):
+            stage = larger.combine(y.view(-1), i, a[i])
+            slope = self.field.evaluate(self._times[i], stage)
+            torch.mul(slope, self._h, out=larger.rows[i])
+        return larger.values
+
+    def evaluations(self, trace):
+        return count_evaluations(self.tableau, trace)
+
+
+def count_evaluations(tableau: Tableau, trace) -> np.ndarray:
+    """Return how many evaluations the steps of every lane took."""
+    count = trace.n_steps * (tableau.n_stages - 1)
+    count += trace.n_dense * (tableau.n_stages_extended - tableau.n_stages)
+    return count if trace.n_jumps is None else count + trace.n_jumps
 
 
 class StageBuffer:
@@ -78,61 +156,12 @@ class StageTimes:
         # exactly the ends, and never beyond them
         times = np.clip(times, np.minimum(t, t1), np.maximum(t, t1))
         times = np.where(c == 1.0, t1, times)
-        tensor = torch.from_numpy(times).to(like.device, like.dtype, non_blocking=True)
+        dtype = real_dtype(like.dtype)
+        tensor = torch.from_numpy(times).to(like.device, dtype, non_blocking=True)
         self._values = tensor[:, :, None].unbind(0)
 
     def __getitem__(self, stage: int) -> Tensor | None:
         return None if self._values is None else self._values[stage]
-
-
-def step(field, tableau: Tableau, times, h: Tensor, y: Tensor, k1: Tensor, buffer):
-    """Take one step.
-
-    Parameters
-    ----------
-    field : BoundField
-        The vector field.
-    tableau : Tableau
-        The method.
-    times : StageTimes
-        Times of the stages.
-    h : Tensor of shape (lanes, 1)
-        Signed step in the state's dtype.
-    y, k1 : Tensor of shape (lanes, n)
-        State and slope at the start.
-    buffer : StageBuffer
-        Filled with the scaled slopes of all stages.
-
-    Returns
-    -------
-    y1, slope : Tensor of shape (lanes, n)
-        State and slope at the end of the step.
-    """
-    a, last = tableau.tensors(y.dtype, y.device).a, tableau.n_stages - 1
-    rows, flat = buffer.rows, y.view(-1)
-    torch.mul(k1, h, out=rows[0])
-    for i in range(1, last):
-        slope = field.evaluate(times[i], buffer.combine(flat, i, a[i]))
-        torch.mul(slope, h, out=rows[i])
-    # the state at the end is kept: it needs memory of its own
-    y1 = torch.addmv(flat, buffer.columns[last], a[last]).view(y.shape)
-    slope = field.evaluate(times[last], y1)
-    torch.mul(slope, h, out=rows[last])
-    return y1, slope
-
-
-def extend(field, tableau: Tableau, times, h: Tensor, y: Tensor, buffer) -> Tensor:
-    """Return the stages with those that only the dense output needs."""
-    n, extended = tableau.n_stages, tableau.n_stages_extended
-    if extended == n:
-        return buffer.values
-    larger = StageBuffer(extended, y, reuse=False)
-    larger.values[:n] = buffer.values
-    a = tableau.tensors(y.dtype, y.device).a
-    for i in range(n, extended):
-        stage = larger.combine(y.view(-1), i, a[i])
-        torch.mul(field.evaluate(times[i], stage), h, out=larger.rows[i])
-    return larger.values
 
 
 def powers(theta: Tensor, degree: int) -> Tensor:

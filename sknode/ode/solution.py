@@ -43,6 +43,7 @@ class Status(IntEnum):
         "The state or its derivative is not finite. Check y0 and the parameters of "
         "the vector field; the solution may blow up at this time.",
     )
+    EVENT = 4, "A terminal event ended the integration."
 
     def __new__(cls, value, message):
         member = int.__new__(cls, value)
@@ -63,7 +64,7 @@ class Solution:
         The states at the output times. Where a sample failed, the times that it did not
         reach hold its last good state.
     status : Tensor of shape (batch,), dtype int64
-        A `Status` for every sample; 0 is success.
+        A `Status` for every sample; 0 is success, 4 the end by a terminal event.
     stats : dict of str to Tensor of shape (batch,), dtype int64
         ``n_steps`` (attempted), ``n_accepted``, ``n_rejected``, ``n_f_evals`` (the
         evaluations of the vector field that the sample needed).
@@ -80,8 +81,9 @@ class Solution:
 
     @property
     def success(self) -> bool:
-        """Whether all samples reached the end of the interval."""
-        return not bool(self.status.any())
+        """Whether all samples reached the end of the interval or a terminal event."""
+        done = (self.status == Status.SUCCESS) | (self.status == Status.EVENT)
+        return bool(done.all())
 
     @property
     def messages(self) -> list[str]:
@@ -94,7 +96,7 @@ class Solution:
         codes = self.status.cpu()
         for status in Status:
             rows = (codes == int(status)).nonzero().flatten()
-            if status is Status.SUCCESS or not len(rows):
+            if status in (Status.SUCCESS, Status.EVENT) or not len(rows):
                 continue
             shown = ", ".join(str(i) for i in rows[:5].tolist())
             shown += ", ..." if len(rows) > 5 else ""

@@ -13,17 +13,18 @@ import torch
 from torch import Tensor
 
 from sknode.ode import kernels
-from sknode.ode.control import StepController, make_controller
+from sknode.ode.control import StepController, make_controller, real_dtype
 from sknode.ode.gradients import Run, discrete_adjoint, replay
 from sknode.ode.integrate import Options, Trace, check_order
+from sknode.ode.methods import get_method
 from sknode.ode.solution import Solution, SolverWarning
-from sknode.ode.tableaus import get_tableau
 from sknode.ode.vector_field import bind
 
 __all__ = ["solve_ode"]
 
 GRADIENTS = ("discrete", "backprop")
 STATISTICS = ("n_steps", "n_accepted", "n_rejected", "n_f_evals")
+DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 STEP_CONTROLS = ("per_sample", "shared")
 
 
@@ -40,8 +41,10 @@ def solve_ode(
     max_steps: int = 10_000,
     first_step: float | None = None,
     min_step: float = 0.0,
+    max_step: float | None = None,
     step_size: float | None = None,
     controller: str | StepController = "I",
+    row_wise: bool = False,
 ) -> Solution:
     """Solve ``dy/dt = f(t, y)`` for a batch of initial states.
 
@@ -82,10 +85,17 @@ def solve_ode(
         Length of the first step. By default it is chosen from the first two slopes.
     min_step : float, default=0
         A step that would have to be shorter than this fails.
+    max_step : float, optional
+        Longest step.
     step_size : float, optional
         Take constant steps of this length, without error control.
     controller : {"I", "PID"} or StepController, default="I"
         Step-size controller.
+    row_wise : bool, default=False
+        Whether a row of ``f`` depends on the same row of ``y`` alone and ``f`` holds no
+        tensor with an entry per sample. Samples that are done then leave the batch, and
+        ``f`` is called with the others only. Fields with a closed form say so
+        themselves.
 
     Returns
     -------
@@ -142,16 +152,32 @@ def solve_ode(
         max_steps=max_steps,
         first_step=first_step,
         min_step=min_step,
+        max_step=max_step,
         step_size=step_size,
         controller=controller,
+        row_wise=row_wise,
     )
     if not solution.success:
         warnings.warn(solution.failure_report(), SolverWarning, stacklevel=2)
     return solution
 
 
-def solve(f, y0, t, *, step_control="per_sample", gradient="discrete", **settings):
-    """Solve as `solve_ode` does, but leave it to the caller to look at the status."""
+def solve(
+    f,
+    y0,
+    t,
+    *,
+    step_control="per_sample",
+    gradient="discrete",
+    row_wise=False,
+    stops=None,
+    **settings,
+):
+    """Solve as `solve_ode` does, but leave it to the caller to look at the status.
+
+    ``stops`` and the fields of `Options` that `solve_ode` does not have are for the
+    other interfaces of the solver.
+    """
     if not callable(f):
         raise TypeError(f"f must be callable. Got {type(f).__name__} instead.")
     _check_choice("step_control", step_control, STEP_CONTROLS)
@@ -161,19 +187,25 @@ def solve(f, y0, t, *, step_control="per_sample", gradient="discrete", **setting
     shared = step_control == "shared"
     batch, state = len(y0), y0.shape[1:]
     times = _check_times(t, batch, shared)
-    again = partial(solve, f, y0, step_control=step_control, gradient=gradient)
+    settings |= {"step_control": step_control, "gradient": gradient}
+    again = partial(solve, f, y0, row_wise=row_wise, **settings)
     if batch == 0:
-        return _empty_solution(y0, times, partial(again, **settings))
+        return _empty_solution(y0, times, again)
     flat = y0.reshape(1 if shared else batch, -1).contiguous()
 
-    field = bind(f, batch, state, shared)
+    field = bind(f, batch, state, shared, row_wise=row_wise)
     host_times = check_order(times.detach().cpu().numpy())
-    run = Run(field, host_times, options)
-    run.fused = kernels.serves(field, flat, times) and gradient == "discrete"
+    run = Run(field, host_times, options, stops)
+    run.fused = (
+        stops is None
+        and gradient == "discrete"
+        and kernels.serves(field, flat, times, options)
+    )
     needs_grad = torch.is_grad_enabled()
     if needs_grad and field.probed:
         start = times.detach()[..., :1].expand(len(flat), 1)
-        run.k0 = field.discover(start.to(flat), flat.detach())
+        start = start.to(flat.device, real_dtype(flat.dtype))
+        run.k0 = field.discover(start, flat.detach())
     needs_grad = needs_grad and any(
         x.requires_grad for x in (flat, times, *field.parameters)
     )
@@ -200,7 +232,7 @@ def solve(f, y0, t, *, step_control="per_sample", gradient="discrete", **setting
         status=per_sample(trace.status),
         stats={k: per_sample(v) for k, v in _statistics(trace, options).items()},
         t_reached=per_sample(trace.t_reached, torch.float64),
-        _resolve=partial(again, **settings),
+        _resolve=again,
     )
 
 
@@ -219,13 +251,8 @@ def _empty_solution(y0: Tensor, times: Tensor, resolve) -> Solution:
 
 def _statistics(trace: Trace, options: Options) -> dict[str, np.ndarray]:
     """Count steps and evaluations, exactly: those that the sample itself needed."""
-    tableau = options.tableau
     chosen = options.step_size is None and options.first_step is None
-    evaluations = (
-        trace.moving * (1 + chosen)
-        + trace.n_steps * (tableau.n_stages - 1)
-        + trace.n_dense * (tableau.n_stages_extended - tableau.n_stages)
-    )
+    evaluations = trace.moving * (1 + chosen) + trace.n_evaluations
     accepted = trace.n_steps - trace.n_rejected
     counts = (trace.n_steps, accepted, trace.n_rejected, evaluations)
     return dict(zip(STATISTICS, counts, strict=True))
@@ -242,8 +269,11 @@ def _check_choice(name, value, choices):
 def _check_state(y0) -> None:
     if not isinstance(y0, Tensor):
         raise TypeError(f"y0 must be a torch tensor. Got {type(y0).__name__} instead.")
-    if y0.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"y0 must be float32 or float64. Got {y0.dtype} instead.")
+    if y0.dtype not in DTYPES:
+        raise TypeError(
+            "y0 must be float32 or float64, or complex of these. "
+            f"Got {y0.dtype} instead."
+        )
     if y0.ndim == 0:
         raise ValueError("y0 must have a batch dimension: shape (batch, ...).")
     if y0.shape[1:].numel() == 0:
@@ -272,37 +302,29 @@ def _make_options(
     max_steps=10_000,
     first_step=None,
     min_step=0.0,
+    max_step=None,
     step_size=None,
     controller="I",
+    **further,
 ) -> Options:
     """Check the numerical settings."""
-    tableau = get_tableau(method)
-    for name, value in (("rtol", rtol), ("atol", atol), ("min_step", min_step)):
-        if not isinstance(value, Real) or not (0 <= value < math.inf):
-            raise ValueError(
-                f"{name} must be a finite non-negative number. Got {value!r} instead."
-            )
-    for name, value in (("first_step", first_step), ("step_size", step_size)):
-        if value is None:
-            continue
-        if not isinstance(value, Real) or not (0 < value < math.inf):
-            raise ValueError(
-                f"{name} must be a finite positive number or None. "
-                f"Got {value!r} instead."
-            )
+    known = get_method(method)
+    _check_tolerances(rtol, atol)
+    _check_number("min_step", min_step)
+    _check_number("first_step", first_step, positive=True, optional=True)
+    _check_number("max_step", max_step, positive=True, optional=True)
+    _check_number("step_size", step_size, positive=True, optional=True)
     if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
         raise ValueError(f"max_steps must be a positive integer. Got {max_steps!r}.")
-    if step_size is None and not tableau.adaptive:
+    if step_size is None and not known.adaptive:
         raise ValueError(
             f"method {method!r} has no error estimate and needs step_size, the length "
             "of its steps."
         )
-    if rtol == 0 and atol == 0:
-        raise ValueError("rtol and atol must not both be zero.")
     # rounding in a step is a few units in the last place: below this there is
     # nothing to control
     least = 4 * torch.finfo(dtype).eps
-    if 0 < rtol < least:
+    if not isinstance(rtol, Tensor) and 0 < rtol < least:
         warnings.warn(
             f"rtol={rtol:g} is below what {dtype} can carry; using {least:.2g}.",
             SolverWarning,
@@ -310,12 +332,44 @@ def _make_options(
         )
         rtol = least
     return Options(
-        tableau=tableau,
-        rtol=float(rtol),
-        atol=float(atol),
+        tableau=known.tableau,
+        rtol=rtol if isinstance(rtol, Tensor) else float(rtol),
+        atol=atol if isinstance(atol, Tensor) else float(atol),
         max_steps=max_steps,
         controller=make_controller(controller),
         first_step=first_step,
         min_step=float(min_step),
+        max_step=math.inf if max_step is None else float(max_step),
         step_size=step_size,
+        make_stepper=known.make_stepper,
+        **further,
     )
+
+
+def _check_tolerances(rtol, atol) -> None:
+    """Tolerances are numbers, or tensors with an entry for every component."""
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if not isinstance(value, Tensor):
+            _check_number(name, value)
+        elif not bool(((value >= 0) & torch.isfinite(value)).all()):
+            raise ValueError(f"{name} must be finite and non-negative.")
+    numbers = not (isinstance(rtol, Tensor) or isinstance(atol, Tensor))
+    if numbers and rtol == 0 and atol == 0:
+        raise ValueError("rtol and atol must not both be zero.")
+
+
+def _check_number(name: str, value, *, positive=False, optional=False) -> None:
+    """Raise unless a value is a number in the range."""
+    if optional and value is None:
+        return
+    good = (
+        isinstance(value, Real)
+        and 0 <= value < math.inf
+        and not (positive and not value)
+    )
+    if not good:
+        kind = "positive" if positive else "non-negative"
+        raise ValueError(
+            f"{name} must be a finite {kind} number{' or None' if optional else ''}. "
+            f"Got {value!r} instead."
+        )

@@ -52,8 +52,9 @@ class BoundField(Protocol):
     """
 
     row_wise: bool
-    """Whether a row's slope depends on this row alone, so that rows may leave, and
-    whether states that it was given may be overwritten."""
+    """Whether a row's slope depends on this row alone, so that rows may leave."""
+    reusable: bool
+    """Whether states that it was given may be overwritten."""
     uses_time: bool
     """Whether t matters."""
     parameters: Sequence[Tensor]
@@ -102,15 +103,17 @@ class AutogradField:
     ----------
     f : callable
         Module or function.
+    row_wise : bool, default=False
+        Whether rows may be taken apart: f may hold tensors with an entry per sample.
     """
 
-    row_wise = False  # it may hold tensors with an entry per sample
+    reusable = False  # f may keep the states that it is given
     uses_time = True
     probed = True
     network = None
 
-    def __init__(self, f: Callable[[Tensor, Tensor], Tensor]):
-        self.f = f
+    def __init__(self, f: Callable[[Tensor, Tensor], Tensor], row_wise: bool = False):
+        self.f, self.row_wise = f, row_wise
         self.parameters: tuple[Tensor, ...] = ()
         self._stages: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._gradients: list[Tensor | None] = []
@@ -216,6 +219,7 @@ class FieldView:
     def __init__(self, field: BoundField, batch: int, state: torch.Size, shared: bool):
         self.field = field
         self.row_wise = field.row_wise and not shared
+        self.reusable = field.reusable
         self.uses_time = field.uses_time
         self.parameters = field.parameters
         self.probed = field.probed
@@ -258,14 +262,19 @@ class FieldView:
 
 
 def bind(
-    f, batch: int, state: torch.Size, shared: bool, closed_form: bool = True
+    f,
+    batch: int,
+    state: torch.Size,
+    shared: bool,
+    closed_form: bool = True,
+    row_wise: bool = False,
 ) -> BoundField:
     """Wrap f for a solve: by its closed form if it has one that applies."""
     field = None
     if closed_form and hasattr(f, "closed_form"):
         field = f.closed_form(state)
     if field is None:
-        field = AutogradField(f)
+        field = AutogradField(f, row_wise)
     elif not shared and len(state) == 1:
         return field  # its layout is the solver's
     return FieldView(field, batch, state, shared)

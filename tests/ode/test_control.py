@@ -5,8 +5,8 @@ import pytest
 import scipy.integrate
 import torch
 
-from sknode.ode import METHODS, SolverWarning, Status, StepController, solve_ode
-from sknode.ode.tableaus import get_tableau
+from sknode.ode import SolverWarning, Status, StepController, solve_ode
+from sknode.ode.tableaus import METHODS, get_tableau
 
 ADAPTIVE = [m for m in METHODS if get_tableau(m).adaptive]
 # what the lower orders can reach in a few thousand steps

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from sknode.ode import METHODS, solve_ode
-from sknode.ode.tableaus import get_tableau
+from sknode.ode import solve_ode
+from sknode.ode.tableaus import METHODS, get_tableau
 
 # steps per interval: small enough for the leading term of the error, large enough
 # for the error to stay far above rounding

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torchdiffeq
 
-from sknode.ode import METHODS, solve_ode
-from sknode.ode.tableaus import get_tableau
+from sknode.ode import solve_ode
+from sknode.ode.tableaus import METHODS, get_tableau
 
 ADAPTIVE = [m for m in METHODS if get_tableau(m).adaptive]
 

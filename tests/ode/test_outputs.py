@@ -6,7 +6,8 @@ import torch
 import torchdiffeq
 from scipy.integrate import solve_ivp
 
-from sknode.ode import METHODS, solve_ode
+from sknode.ode import solve_ode
+from sknode.ode.tableaus import METHODS
 
 FIXED = ("euler", "midpoint", "rk4")
 ADAPTIVE = [m for m in METHODS if m not in FIXED]

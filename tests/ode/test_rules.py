@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from sknode.fields import MLPField
-from sknode.ode import METHODS, SolverWarning, Status, solve_ode
+from sknode.ode import SolverWarning, Status, solve_ode
+from sknode.ode.tableaus import METHODS
 
 FIXED = ("euler", "midpoint", "rk4")
 

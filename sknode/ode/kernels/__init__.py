@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sknode.ode.integrate import Options, Trace
+from sknode.ode.runge_kutta import count_evaluations
 from sknode.ode.tableaus import Tableau
 from sknode.ode.vector_field import BoundField, Perceptron
 
@@ -111,13 +112,18 @@ def reference() -> contextlib.AbstractContextManager[None]:
     return use("reference")
 
 
-def serves(field: BoundField, y0: Tensor, times: Tensor) -> bool:
+def serves(field: BoundField, y0: Tensor, times: Tensor, options: Options) -> bool:
     """Return whether the kernels solve this, gradients included.
 
     They do not give gradients to the output times.
     """
     network = getattr(field, "network", None)
-    if network is None or _choice.get() == "reference" or _native is None:
+    if (
+        network is None
+        or not options.plain
+        or _choice.get() == "reference"
+        or _native is None
+    ):
         return False
     if y0.device.type != "cpu" or y0.dtype != network.dtype:
         return False
@@ -183,7 +189,7 @@ def solve(
         _threads(network, batch),
     )
     status, n_steps, n_rejected, n_dense, next_output = counts
-    return Trace(
+    trace = Trace(
         y=y,
         status=status,
         n_steps=n_steps,
@@ -195,6 +201,8 @@ def solve(
         # the recording reads the times again
         records=(recording, times) if record else None,
     )
+    trace.n_evaluations = count_evaluations(options.tableau, trace)
+    return trace
 
 
 def reverse(
