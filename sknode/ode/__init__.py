@@ -10,13 +10,22 @@ torch.Size([3, 1])
 """
 
 from sknode.ode.control import StepController
+from sknode.ode.events import Event
 from sknode.ode.methods import METHODS
-from sknode.ode.solution import Solution, SolverError, SolverWarning, Status
+from sknode.ode.solution import (
+    Occurrences,
+    Solution,
+    SolverError,
+    SolverWarning,
+    Status,
+)
 from sknode.ode.solve import solve_ode
 from sknode.ode.tableaus import Tableau
 
 __all__ = [
     "METHODS",
+    "Event",
+    "Occurrences",
     "Solution",
     "SolverError",
     "SolverWarning",

@@ -9,7 +9,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-__all__ = ["Solution", "SolverError", "SolverWarning", "Status"]
+__all__ = ["Occurrences", "Solution", "SolverError", "SolverWarning", "Status"]
 
 
 class SolverWarning(RuntimeWarning):
@@ -53,6 +53,25 @@ class Status(IntEnum):
 
 
 @dataclass
+class Occurrences:
+    """When and where one event happened, by sample and then by time.
+
+    Attributes
+    ----------
+    sample : Tensor of shape (m,), dtype int64
+        The samples; none, one or several entries for each.
+    t : Tensor of shape (m,)
+        The times, differentiable.
+    y : Tensor of shape (m, *state)
+        The states at these times, differentiable.
+    """
+
+    sample: Tensor
+    t: Tensor
+    y: Tensor
+
+
+@dataclass
 class Solution:
     """Solution of an initial value problem, as returned by `solve_ode`.
 
@@ -69,7 +88,10 @@ class Solution:
         ``n_steps`` (attempted), ``n_accepted``, ``n_rejected``, ``n_f_evals`` (the
         evaluations of the vector field that the sample needed).
     t_reached : Tensor of shape (batch,)
-        Time of the last good state: the end of the interval unless a sample failed.
+        Time of the last good state: the end of the interval unless a sample failed or
+        was ended by an event.
+    events : tuple of Occurrences
+        When and where each event happened.
     """
 
     t: Tensor
@@ -77,6 +99,7 @@ class Solution:
     status: Tensor
     stats: dict[str, Tensor]
     t_reached: Tensor
+    events: tuple[Occurrences, ...] = ()
     _resolve: Callable[[Tensor], Solution] | None = field(default=None, repr=False)
 
     @property

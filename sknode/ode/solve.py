@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sknode.ode import kernels
 from sknode.ode.control import StepController, make_controller, real_dtype
+from sknode.ode.events import solve_with_events
 from sknode.ode.gradients import Run, discrete_adjoint, replay
 from sknode.ode.integrate import Options, Trace, check_order
 from sknode.ode.methods import get_method
@@ -45,6 +46,7 @@ def solve_ode(
     step_size: float | None = None,
     controller: str | StepController = "I",
     row_wise: bool = False,
+    event=None,
 ) -> Solution:
     """Solve ``dy/dt = f(t, y)`` for a batch of initial states.
 
@@ -96,11 +98,16 @@ def solve_ode(
         tensor with an entry per sample. Samples that are done then leave the batch, and
         ``f`` is called with the others only. Fields with a closed form say so
         themselves.
+    event : Event, callable or sequence of them, optional
+        Functions whose zero crossings end a sample, or are taken note of: see `Event`.
+        A callable is a terminal event. A sample's event ends no other sample; its
+        outputs after the event hold the state at the event.
 
     Returns
     -------
     Solution
-        ``y`` has shape (batch, n_times, \\*state).
+        ``y`` has shape (batch, n_times, \\*state); ``events`` has the times and states
+        of the events.
 
     Raises
     ------
@@ -156,6 +163,7 @@ def solve_ode(
         step_size=step_size,
         controller=controller,
         row_wise=row_wise,
+        event=event,
     )
     if not solution.success:
         warnings.warn(solution.failure_report(), SolverWarning, stacklevel=2)
@@ -171,6 +179,7 @@ def solve(
     gradient="discrete",
     row_wise=False,
     stops=None,
+    event=None,
     **settings,
 ):
     """Solve as `solve_ode` does, but leave it to the caller to look at the status.
@@ -188,9 +197,16 @@ def solve(
     batch, state = len(y0), y0.shape[1:]
     times = _check_times(t, batch, shared)
     settings |= {"step_control": step_control, "gradient": gradient}
-    again = partial(solve, f, y0, row_wise=row_wise, **settings)
+    again = partial(solve, f, y0, row_wise=row_wise, event=event, **settings)
     if batch == 0:
         return _empty_solution(y0, times, again)
+    if event is not None:
+        settings["row_wise"] = row_wise
+        solution = solve_with_events(
+            solve, f, y0, times, event, shared=shared, **settings
+        )
+        solution._resolve = again
+        return solution
     flat = y0.reshape(1 if shared else batch, -1).contiguous()
 
     field = bind(f, batch, state, shared, row_wise=row_wise)
