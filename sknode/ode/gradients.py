@@ -169,7 +169,8 @@ class _Sweep:
         )
 
     def _tensor(self, values: np.ndarray, dtype=None) -> Tensor:
-        return torch.from_numpy(np.array(values)).to(self.grad.device, dtype)
+        tensor = torch.from_numpy(np.array(values))
+        return tensor.to(self.grad.device, dtype, non_blocking=True)
 
     def _memory(self, n: int, like: Tensor) -> tuple[StageBuffer, ...]:
         """Return buffers for stages, their states, and both kinds of cotangents."""

@@ -266,7 +266,7 @@ class Lanes:
 
     def select(self, index: np.ndarray) -> Lanes:
         """Keep some lanes."""
-        index_y = torch.from_numpy(index).to(self.y.device)
+        index_y = to_device(index, self.y)
         return Lanes(
             self.y[index_y],
             self.k[index_y],
@@ -277,7 +277,7 @@ class Lanes:
         """Write back into the arrays of all lanes."""
         if total is self:
             return
-        rows = torch.from_numpy(self.rows).to(self.y.device)
+        rows = to_device(self.rows, self.y)
         total.y = total.y.index_copy(0, rows, self.y)
         for f in fields(self)[3:]:
             getattr(total, f.name)[self.rows] = getattr(self, f.name)
@@ -381,7 +381,7 @@ def integrate(
         if n_moved == y.shape[0]:
             lanes.y, lanes.k = y1, slope
         else:
-            mask = torch.from_numpy(moved).to(y.device)[:, None]
+            mask = to_device(moved, y)[:, None]
             lanes.y = torch.where(mask, y1, y)
             lanes.k = torch.where(mask, slope, lanes.k)
         lanes.t = t_new
@@ -448,7 +448,7 @@ def _end_early(watch, lanes: Lanes, stepper, t1, y1, moved, sign):
     lanes.goal = np.where(ended, at, lanes.goal)
     lanes.near_goal = np.where(ended, at, lanes.near_goal)
     lanes.status = np.where(ended, Status.EVENT, lanes.status)
-    mask = torch.from_numpy(ended).to(y1.device)[:, None]
+    mask = to_device(ended, y1)[:, None]
     return np.where(ended, at, t1), torch.where(mask, states, y1)
 
 
@@ -668,7 +668,7 @@ def _fill(outputs_y: Tensor, total: Lanes) -> None:
     if started.all():
         outputs_y[:, -1] = total.y
     else:
-        mask = torch.from_numpy(started).to(outputs_y.device)[:, None]
+        mask = to_device(started, outputs_y)[:, None]
         outputs_y[:, -1] = torch.where(mask, total.y, outputs_y[:, -1])
     short = started & (total.next_output < n_times - 1)
     for row in np.flatnonzero(short):
