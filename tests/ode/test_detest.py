@@ -59,12 +59,12 @@ class Promise:
 
 
 # Measured: medians of 1.8 to 3.7, 1.4 to 5.0, 0.6 to 1.2 and 3.8 to 9.8 tolerances,
-# largest errors of 2700, 870, 270 and 520; slopes of 1.05, 1.09, 0.93 and 0.99.
+# largest errors of 2700, 870, 270 and 520; slopes of 1.05, 1.09, 0.93 and 0.98.
 PROMISES = {
     "dopri5": Promise(worst=4000.0),
     "tsit5": Promise(),
     "dopri8": Promise(median=3.0),
-    "bosh3": Promise(tolerances=(1e-4, 1e-5, 1e-6), median=15.0),
+    "bosh3": Promise(tolerances=(1e-4, 1e-5, 1e-6, 1e-7), median=15.0),
 }
 
 
@@ -122,6 +122,8 @@ class TestTolerance:
         slopes = np.polyfit(np.log(tolerances), np.log(errors), 1)[0]
         least, most = PROMISES[method].slope
         assert least < np.median(slopes) < most
+        # lower where stability limits the steps: loose tolerances then get more than
+        # they ask for
         assert slopes.min() > 0.5, names()[slopes.argmin()]
 
 
