@@ -30,7 +30,9 @@ class StepController:
     The next step is ``h * factor`` with ``factor = safety * r_n^-b1 * r_{n-1}^-b2 *
     r_{n-2}^-b3``, where ``r`` is the scaled error of a step (1 is the tolerance),
     ``k`` the order of its estimate plus one and ``b1 = (p + i + d) / k``,
-    ``b2 = -(p + 2 d) / k``, ``b3 = d / k``. A step with ``r > 1`` is rejected.
+    ``b2 = -(p + 2 d) / k``, ``b3 = d / k``. A step with ``r > 1`` is rejected, and the
+    first step accepted after that is followed by none larger: what was too long just
+    now would be too long again.
 
     Parameters
     ----------
@@ -70,7 +72,13 @@ class StepController:
         """How many earlier errors the controller looks at."""
         return 2 if self.dcoeff else 1 if self.pcoeff else 0
 
-    def factor(self, ratio: np.ndarray, history: np.ndarray, order: int) -> np.ndarray:
+    def factor(
+        self,
+        ratio: np.ndarray,
+        history: np.ndarray,
+        order: int,
+        after_rejection: np.ndarray | bool = False,
+    ) -> np.ndarray:
         """Return the factor for the next step.
 
         Parameters
@@ -81,6 +89,8 @@ class StepController:
             Scaled errors of the accepted steps before, the latest first.
         order : int
             Order of the error estimate plus one.
+        after_rejection : ndarray of shape (lanes,) or bool, default=False
+            Whether the attempt before this one was rejected.
         """
         p, i, d = self.pcoeff, self.icoeff, self.dcoeff
         # an error of zero means the largest factor; this only avoids 1 / 0
@@ -90,6 +100,7 @@ class StepController:
         if self.n_history:
             # with a memory, a rejected step could be proposed to grow
             factor = np.where(ratio > 1, np.minimum(factor, self.safety), factor)
+        factor = np.where(after_rejection, np.minimum(factor, 1.0), factor)
         return np.clip(factor, self.factor_min, self.factor_max)
 
 

@@ -263,6 +263,7 @@ class Lanes:
     n_jumps: np.ndarray
     next_output: np.ndarray
     history: np.ndarray  # errors before, (lanes, n_history)
+    rejected: np.ndarray  # whether the latest attempt was
 
     def select(self, index: np.ndarray) -> Lanes:
         """Keep some lanes."""
@@ -391,6 +392,7 @@ def integrate(
         if ratio is not None:
             planned = lanes.h
             proposed = stepper.propose(lanes, length, ratio, moved)
+            lanes.rejected = ~accept
             if stops is not None:
                 # a step that was cut short by a stop says little about the next one
                 cut = moved & (length < planned)
@@ -578,6 +580,7 @@ def _start(
         n_jumps=np.zeros(n, dtype=np.int64),
         next_output=np.minimum(np.broadcast_to(grid.at_start.sum(-1), n), n_times - 1),
         history=np.ones((n, n_history)),
+        rejected=np.zeros(n, dtype=bool),
     )
     # constant steps that divide the interval are that many, however their sum rounds
     constant = np.isfinite(options.step_size or np.inf)

@@ -84,7 +84,9 @@ class Stepper:
     ) -> np.ndarray:
         """Return the length of the next step of every lane."""
         controller = self.options.controller
-        factor = controller.factor(ratio, lanes.history, self.error_order)
+        factor = controller.factor(
+            ratio, lanes.history, self.error_order, lanes.rejected
+        )
         if controller.n_history:
             recent = np.maximum(ratio, 1e-4)[:, None]
             recent = np.concatenate([recent, lanes.history[:, :-1]], axis=1)

@@ -115,6 +115,7 @@ private:
     int64_t first_ = 0;
     int n_ = 0;
     bool running_[LANES<T>], accepted_[LANES<T>], started_[LANES<T>];
+    bool rejected_[LANES<T>];  // whether the last attempt was
     double t_[LANES<T>], t_end_[LANES<T>], near_end_[LANES<T>], floor_[LANES<T>], next_[LANES<T>];
     double sign_[LANES<T>], t1_[LANES<T>], length_[LANES<T>], history_[LANES<T>][2];
     int64_t status_[LANES<T>], n_steps_[LANES<T>], n_rejected_[LANES<T>], n_dense_[LANES<T>];
@@ -150,6 +151,7 @@ private:
             t_[l] = times[0], t_end_[l] = l < n_ ? times[times.n - 1] : times[0];
             status_[l] = n_steps_[l] = n_rejected_[l] = n_dense_[l] = 0;
             history_[l][0] = history_[l][1] = 1.0;
+            rejected_[l] = false;
             started_[l] = false;
             int64_t at_start = 0;
             while (at_start < times.n && times[at_start] == times[0]) ++at_start;
@@ -423,6 +425,7 @@ private:
         const double floor = std::max(std::fabs(t_[l]) * RESOLUTION, floor_[l]);
         if (adaptive) {
             next_[l] = std::max(length_[l] * factor(l, ratio), floor);
+            rejected_[l] = !moved;
             if (moved && control.n_history) {
                 history_[l][1] = history_[l][0];
                 history_[l][0] = std::max(ratio, 1e-4);
@@ -448,6 +451,7 @@ private:
             factor *= std::pow(history_[l][0], (p + 2 * d) / c.error_order);
         if (c.n_history > 1) factor *= std::pow(history_[l][1], -d / c.error_order);
         if (c.n_history && ratio > 1) factor = std::min(factor, c.safety);
+        if (rejected_[l]) factor = std::min(factor, 1.0);
         return std::min(std::max(factor, c.factor_min), c.factor_max);
     }
 
