@@ -451,8 +451,11 @@ private:
         started_[l] = true;
         if (moved) t_[l] = t1_[l];
         const double floor = std::max(std::fabs(t_[l]) * RESOLUTION, floor_[l]);
+        // the step may have become longer, by rounding or to reach the end: what was
+        // asked for is what has to shrink
+        const double tried = moved ? length_[l] : std::min(length_[l], next_[l]);
         if (adaptive) {
-            next_[l] = std::max(length_[l] * factor(l, ratio), floor);
+            next_[l] = std::max(tried * factor(l, ratio), floor);
             if (moved && control.n_history) {
                 history_[l][1] = history_[l][0];
                 history_[l][0] = std::max(ratio, 1e-4);
@@ -460,7 +463,7 @@ private:
         }
         if (!moved) {
             ++n_rejected_[l];
-            if (!adaptive || length_[l] <= floor * 1.001) {
+            if (!adaptive || tried <= floor * 1.001) {
                 const bool bad = !adaptive || std::isinf(ratio);
                 status_[l] = bad ? Status::non_finite : Status::step_too_small;
                 t_end_[l] = near_end_[l] = t_[l];
