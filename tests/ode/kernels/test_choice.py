@@ -274,7 +274,7 @@ def test_parameters_resized_in_between_are_refused(make_field, make_states):
     field = make_field(3, (5,))
     y = solve_ode(field, make_states(4, 3), T).y
     field.layers[0].weight.data = torch.zeros(2, 2, dtype=torch.float64)
-    with pytest.raises(RuntimeError, match="size|shape"):
+    with pytest.raises(RuntimeError, match=r"size|shape"):
         y.sum().backward()
 
 
