@@ -391,7 +391,10 @@ def integrate(
         # choose the next step
         if ratio is not None:
             planned = lanes.h
-            proposed = stepper.propose(lanes, length, ratio, moved)
+            # the step may have become longer, by rounding or to reach the goal: what was
+            # asked for is what has to shrink
+            tried = np.where(moved, length, np.minimum(length, planned))
+            proposed = stepper.propose(lanes, tried, ratio, moved)
             lanes.rejected = ~accept
             if stops is not None:
                 # a step that was cut short by a stop says little about the next one

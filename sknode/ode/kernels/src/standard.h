@@ -1,17 +1,26 @@
 // What the kernels need of the standard library.
 #pragma once
 
+#if !defined(__GNUC__)
+#error "the kernels are written in the vector extensions of GCC and clang"
+#endif
+
 #if defined(__x86_64__) || defined(__i386__)
 #define SKNODE_X86
 #endif
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <limits>
 #include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
 #include <system_error>
 #include <thread>
 #include <utility>
