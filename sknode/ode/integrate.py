@@ -391,7 +391,7 @@ def integrate(
         # choose the next step
         if ratio is not None:
             planned = lanes.h
-            # the step may have become longer, by rounding or to reach the goal: what was
+            # it may have become longer, by rounding or to reach the goal: what was
             # asked for is what has to shrink
             tried = np.where(moved, length, np.minimum(length, planned))
             proposed = stepper.propose(lanes, tried, ratio, moved)
