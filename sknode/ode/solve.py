@@ -213,9 +213,10 @@ def solve(
     host_times = check_order(times.detach().cpu().numpy())
     run = Run(field, host_times, options, stops)
     run.fused = (
-        stops is None
+        options.plain
+        and stops is None
         and gradient == "discrete"
-        and kernels.serves(field, flat, times, options)
+        and kernels.serves(field, flat, times)
     )
     needs_grad = torch.is_grad_enabled()
     if needs_grad and field.probed:

@@ -139,13 +139,13 @@ def reference() -> contextlib.AbstractContextManager[None]:
     return use("reference")
 
 
-def serves(field: BoundField, y0: Tensor, times: Tensor, options: Options) -> bool:
+def serves(field: BoundField, y0: Tensor, times: Tensor) -> bool:
     """Return whether the kernels solve this, gradients included.
 
     They do not give gradients to the output times.
     """
     network = getattr(field, "network", None)
-    if network is None or not options.plain or _choice.get() == "reference":
+    if network is None or _choice.get() == "reference":
         return False
     if times.requires_grad and torch.is_grad_enabled():
         return False
