@@ -20,6 +20,7 @@ __all__ = [
     "make_controller",
     "real_dtype",
     "rms_norm",
+    "scaled_norms",
 ]
 
 
@@ -137,6 +138,17 @@ def _norms(parts: list[Tensor], norm) -> list[np.ndarray]:
     return [np.asarray(norm(part), dtype=np.float64) for part in parts]
 
 
+def scaled_norms(
+    errors: list[Tensor], y: Tensor, y1: Tensor, rtol, atol, norm=None
+) -> list[np.ndarray]:
+    """Return the norms of errors of a step in units of its tolerance, lane by lane.
+
+    As `error_ratio` takes them; the errors are overwritten.
+    """
+    scale = _scale(torch.maximum(y.abs(), y1.abs()), rtol, atol)
+    return _norms([error.div_(scale) for error in errors], norm)
+
+
 def error_ratio(
     errors: list[Tensor],
     y: Tensor,
@@ -151,8 +163,7 @@ def error_ratio(
     root mean square over the lane's own components unless another one is given. What is
     not a number is infinite.
     """
-    scale = _scale(torch.maximum(y.abs(), y1.abs()), rtol, atol)
-    norms = _norms([error.div_(scale) for error in errors], norm)
+    norms = scaled_norms(errors, y, y1, rtol, atol, norm)
     ratio = norms[0]
     if len(norms) == 2:
         # DOP853: the third-order estimate keeps the fifth-order one from being fooled
