@@ -43,44 +43,51 @@ MAX_ORDER = 12
 PATIENCE = 3
 
 
-def basis_integrals(moments, length, above, below) -> list:
+def basis_integrals(moments, eta, gamma=None) -> list:
     """Integrate the polynomials that belong to modified divided differences.
 
-    These are ``b_j(u) = prod_{i<j} (u length + above_i) / below_i``, over u in [0, 1].
-    The recursion is for the moments of ``(1 - u)^q``.
+    These are products ``b_j(u) = b_{j-1}(u) (u x + a_j) / c_j`` over u in [0, 1], of
+    which the moments of ``(1 - u)^q`` satisfy a recursion.
 
     Parameters
     ----------
-    moments : array or Tensor of shape (n + 1, 1)
-        Those of the first polynomial: ``1 / (q + 1)``.
-    length : array or Tensor of shape (m,)
-        Distance to integrate over.
-    above, below : array or Tensor of shape (n, m)
-        Distances of the nodes before the start, and the scales of the differences.
+    moments : array or Tensor of shape (n, 1)
+        Those of ``b_0 = 1``, that is ``1 / (q + 1)``.
+    eta : array or Tensor of shape (at least n - 1, m)
+        ``x / c_j``.
+    gamma : array or Tensor of shape (at least n - 1, m), optional
+        ``(x + a_j) / c_j``; by default one, as it is if the integral runs from one node
+        to the next.
 
     Returns
     -------
-    list of n + 1 arrays of shape (m,), the first of them of shape (1,)
+    list of n arrays of shape (m,), the first of shape (1,)
     """
     integrals = [moments[0]]
-    gamma, eta = (length + above) / below, length / below
-    for g, e in zip(gamma, eta, strict=True):
-        moments = g * moments[:-1] - e * moments[1:]
+    for j in range(len(moments) - 1):
+        first = moments[:-1] if gamma is None else gamma[j] * moments[:-1]
+        moments = first - eta[j] * moments[1:]
         integrals.append(moments[0])
     return integrals
 
 
-_MOMENTS = 1 / np.arange(1.0, MAX_ORDER + 3)[:, None]
+_COUNT = np.arange(1.0, MAX_ORDER + 2)[:, None]
+_MOMENTS = 1 / _COUNT
+_AROUND = np.array([[1], [0], [-1], [-2]])
 
 
 def _error_constants() -> np.ndarray:
-    """Return those of the implicit formulas with equal steps, by order from 0 on."""
-    below = np.arange(1.0, MAX_ORDER + 2)[:, None]
-    g = np.concatenate(basis_integrals(_MOMENTS, 1.0, below - 1, below))
-    return np.abs(np.diff(g, prepend=0.0))
+    """Return those of the implicit formulas with equal steps.
+
+    By order k and then for k + 1, k, k - 1, k - 2, as `_AROUND` has them.
+    """
+    moments = 1 / np.arange(1.0, MAX_ORDER + 3)[:, None]
+    g = np.concatenate(basis_integrals(moments, 1 / np.arange(1.0, MAX_ORDER + 2)))
+    constants = np.abs(np.diff(g, prepend=0.0))
+    return constants[np.maximum(np.arange(MAX_ORDER + 1) + _AROUND, 0)]
 
 
-ERROR_CONSTANTS = _error_constants()
+_ERROR_CONSTANTS = _error_constants()  # (4, order)
 
 
 class AdamsStepper(Stepper):
@@ -108,216 +115,213 @@ class AdamsStepper(Stepper):
         n = len(lanes.y)
         self._phi = lanes.k.new_zeros(MAX_ORDER + 2, *lanes.k.shape)
         self._phi[0] = lanes.k
-        self._next_phi = torch.empty_like(self._phi)
-        self._lane = torch.arange(n, device=lanes.k.device)
         self._order = np.ones(n, np.int64)
-        self._past = np.zeros(n, np.int64)  # steps whose slopes are remembered
-        self._equal = np.zeros(n, np.int64)  # how many of them had the same length
-        self._starting = np.ones(n, bool)
+        self._known = np.zeros(n, np.int64)  # differences that the past is enough for
+        self._lengths = np.ones((MAX_ORDER + 1, n))  # of past steps, the latest first
+        self._equal = np.zeros(n, np.int64)  # how many of the latest are equal
+        self._starting = np.ones(n, bool)  # up with order and step, until it hurts
         self._failures = np.zeros(n, np.int64)  # in a row
-        self._lengths = np.ones((MAX_ORDER + 1, n))  # the latest first
+        self._allocate()
+
+    def _allocate(self) -> None:
+        """Get memory for the differences at the end of the step."""
+        self._next_phi = torch.empty_like(self._phi)
+        self._rows = [list(x.unbind(0)) for x in (self._phi, self._next_phi)]
 
     def attempt(self, t, t1, h, y, k):
-        length, order = np.abs(t1 - t), self._order
-        self._weigh(t1 - t, length, y)
+        self._h, self._length = h, np.abs(t1 - t)
+        self._weigh(t1 - t, self._length, y)
         time = to_device(t1, y)[:, None] if self.field.uses_time else None
-        predicted = self._predict(y)
-        slope = self.field.evaluate(time, predicted)
-        d = slope - self._next_phi[0]
-        y1 = torch.addcmul(predicted, self._corrector, d)
-        self._ratio, self._accept = self._estimate(d, y, y1, length, order)
-        if (self._accept & (length > 0)).any():
-            corrected = self.field.evaluate(time, y1)
-            # at the edge of where f is defined the prediction's slope has to do
-            fine = torch.isfinite(corrected).all(1, keepdim=True)
-            slope, first = torch.where(fine, corrected, slope), slope
-            # what the second evaluation would have changed, for the dense output
+        state = self._predict(y)
+        slope = self.field.evaluate(time, state)
+        self._gap = slope - self._rows[1][0]
+        self._y1 = y1 = torch.addcmul(state, self._corrector, self._gap)
+        self._estimate(y, y1)
+        if (self._accept & (self._length > 0)).any():
+            second = self.field.evaluate(time, y1)
+            # where only the predicted state has a slope, this one serves
+            finite = torch.isfinite(second).all(1, keepdim=True)
+            slope, first = torch.where(finite, second, slope), slope
+            self._gap = slope - self._rows[1][0]
             self._change = (slope - first).mul_(self._corrector)
-        self._length, self._slope, self._y1, self._h = length, slope, y1, h
+        self._slope = slope
         return y1, slope
 
-    def _weigh(self, step: np.ndarray, length: np.ndarray, y: Tensor) -> None:
-        """Compute the coefficients of every lane's step."""
-        order, lane = self._order, np.arange(len(length))
+    def _weigh(self, step: np.ndarray, length: np.ndarray, like: Tensor) -> None:
+        """Compute the coefficients of every lane's step and bring them to the device.
+
+        Sums for the states and the slopes run over all orders that some lane has: those
+        of lower order get weights of zero.
+        """
+        order, n = self._order, len(length)
         self._top = top = int(order.max())
         # a lane that stays where it is must not divide by zero
         length = np.where(length > 0, length, 1.0)
-        before = self._lengths[: top + 1].cumsum(0)
+        beta, g, sigma = np.ones((3, top + 2, n))
+        before = self._lengths[: top + 1].cumsum(0)  # psi(n)
+        self._psi = after = np.empty_like(before)  # psi(n+1)
+        after[0] = length
         with np.errstate(all="ignore"):
-            after = np.empty_like(before)  # psi(n+1)
-            after[0] = length
             np.add(before[:-1], length, out=after[1:])
-            beta = np.ones((top + 1, len(length)))
-            np.cumprod(after[:-1] / before[:-1], axis=0, out=beta[1:])
+            np.cumprod(after / before, axis=0, out=beta[1:])
             eta = length / after
-            g = np.ones((top + 1, len(length)))
-            moments = _MOMENTS[: top + 1]
-            for j in range(top):
-                moments = moments[:-1] - eta[j] * moments[1:]
-                g[j + 1] = moments[0]
-            # turn differences into those of equal steps
-            sigma = np.ones((top + 2, len(length)))
-            np.cumprod(
-                eta * np.arange(1.0, top + 2)[:, None], axis=0, out=sigma[1:]
-            )
-            used = np.arange(top)[:, None] < order
-            slopes = np.where(used, beta[:-1], 0.0)
-            states = slopes * g[:-1] * step
-        three = order + np.array([[0], [-1], [-2]])
-        three = np.maximum(three, 0)
-        weights = np.concatenate(
-            [slopes, states, (step * g[order, lane])[None], beta[three, lane]]
-        )
-        weights = to_device(weights, y)[:, :, None]
-        self._slope_weights, self._state_weights = weights[:top], weights[top : 2 * top]
-        self._corrector, self._three_weights = weights[2 * top], weights[2 * top + 1 :]
-        self._three = to_device(three, y)
-        self._after = after
-        self._error_weight = np.abs(g[order, lane] - g[order - 1, lane])
-        four = order + np.array([[1], [0], [-1], [-2]])
-        four = np.maximum(four, 0)
-        self._four_weights = ERROR_CONSTANTS[four] * sigma[four, lane]
+            for j, row in enumerate(basis_integrals(_MOMENTS[: top + 1], eta)):
+                g[j] = row
+            # what makes them the differences of equal steps
+            np.cumprod(eta * _COUNT[: top + 1], axis=0, out=sigma[1:])
+            slopes = np.where(_COUNT[:top] <= order, beta[:top], 0.0)
+            states = slopes * g[:top] * step
+
+        # row and lane as one index, for the orders k + 1, k, k - 1, k - 2
+        lane = np.arange(n)
+        place = np.maximum((order + _AROUND) * n + lane, lane)
+        g_k, g_before = g.take(place[1:3])
+        self._error_weight = np.abs(g_k - g_before)
+        self._error_weights = _ERROR_CONSTANTS[:, order] * sigma.take(place)
+        last = np.stack([-beta.take(place[1]), g_k * step])
+        weights = to_device(np.concatenate([slopes, states, last]), like)
+        rows = list(weights[:, :, None].unbind(0))
+        self._slope_weights, self._state_weights = rows[:top], rows[top:-2]
+        self._last_weight, self._corrector = rows[-2:]
+        self._place = to_device(place, like)
 
     def _predict(self, y: Tensor) -> Tensor:
-        """Extrapolate state and differences.
+        """Extrapolate the state; prepare the differences at the end of the step.
 
-        One operation an order: sums along an axis would round differently in batches of
-        different sizes.
+        All but the new slope is added to them, also for order k + 1. One operation an
+        order, as sums along an axis round differently in batches of different sizes.
         """
-        phi, e, top = self._phi, self._next_phi, self._top
-        e[top].zero_()
-        state = y
+        phi, e = self._rows
+        top, state = self._top, y
+        self._next_phi[top : top + 2] = 0
         for j in reversed(range(top)):
             torch.addcmul(e[j + 1], self._slope_weights[j], phi[j], out=e[j])
             state = torch.addcmul(state, self._state_weights[j], phi[j])
+        last = self._phi.flatten(0, 1).index_select(0, self._place[1])
+        last *= self._last_weight
+        self._next_phi.flatten(0, 1).index_copy_(0, self._place[0], last)
         return state
 
-    def _estimate(self, d, y, y1, length, order):
-        """Return the scaled error of every lane and who is accepted.
-
-        Beside the difference of the step's order, which is d, those of one order more,
-        one less and two less are looked at.
-        """
-        parts = d.new_empty(4, *d.shape)
-        torch.mul(self._phi[self._three, self._lane], self._three_weights, out=parts[1:])
-        parts[0] = parts[1].neg_()
-        self._higher = parts[1].clone()
-        parts[1] = 0
-        parts[3] += parts[2]
-        parts += d
-        options = self.options
-        norms = scaled_norms(
-            list(parts), y, y1, options.rtol, options.atol, options.norm
-        )
-        norms = np.stack(norms)
-        norms[np.isnan(norms)] = np.inf
+    def _estimate(self, y: Tensor, y1: Tensor) -> None:
+        """Estimate the errors of the orders k + 1, k, k - 1 and k - 2."""
+        options, length = self.options, self._length
+        errors = self._next_phi.flatten(0, 1).index_select(0, self._place.flatten())
+        errors = errors.view(4, *y.shape).add_(self._gap)
         with np.errstate(all="ignore"):
-            ratio = np.where(length > 0, length * self._error_weight * norms[1], 0.0)
-            errors = length * self._four_weights * norms
-        self._errors = np.where(np.isnan(errors), np.inf, errors)
-        accept = ratio <= 1
+            norms = length * scaled_norms(
+                errors, y, y1, options.rtol, options.atol, options.norm
+            )
+            norms = np.where(np.isnan(norms), np.inf, norms)
+            self._errors = norms * self._error_weights
+            self._ratio = norms[1] * self._error_weight
+        self._accept = self._ratio <= 1
         if options.force_min_step:
-            accept |= length <= options.min_step
-        return ratio, accept
+            self._accept |= length <= options.min_step
 
     def judge(self, y, y1):
         return self._ratio, self._accept
 
     def accept(self, moved):
-        top, lane, order = self._top, np.arange(len(moved)), self._order
         if not moved.any():
             return
-        phi, e = self._phi, self._next_phi
-        e[top + 1].zero_()
-        e[to_device(order + 1, self._y1), self._lane] = self._higher
-        d = self._slope - e[0]
-        e[: top + 2] += d
+        end = self._top + 2
+        self._next_phi[:end] += self._gap
         if moved.all():
-            self._phi, self._next_phi = e, phi
+            self._phi, self._next_phi = self._next_phi, self._phi
+            self._rows.reverse()
         else:
-            mask = torch.from_numpy(moved).to(d.device)[:, None]
-            phi[: top + 2] = torch.where(mask, e[: top + 2], phi[: top + 2])
+            mask = torch.from_numpy(moved).to(self._gap.device)[:, None]
+            self._phi[:end] = torch.where(mask, self._next_phi[:end], self._phi[:end])
         same = np.abs(self._length - self._lengths[0]) <= 1e-6 * self._length
         self._equal = np.where(moved, np.where(same, self._equal, 0) + 1, self._equal)
-        older = np.concatenate([self._length[None], self._lengths[:-1]])
-        self._lengths = np.where(moved, older, self._lengths)
-        self._past = np.where(moved, self._past + 1, self._past)
+        lengths = np.concatenate([self._length[None], self._lengths[:-1]])
+        self._lengths = np.where(moved, lengths, self._lengths)
 
     def propose(self, lanes, length, ratio, moved):
-        higher, error, lower, lowest = self._errors
-        k = self._order
-        known = self._past - moved  # when the step was taken
-        # order
-        down = np.where(
-            k > 2,
-            np.maximum(k * lower, (k - 1) * lowest) <= (k + 1) * error,
-            (k == 2) & (lower <= 0.5 * error),
-        )
-        rejected = ~moved
-        starting = self._starting & moved & ~down & (k < MAX_ORDER)
-        sure = (known >= k) & (self._equal > k) & ~down & moved
-        down |= sure & (k > 1) & (lower <= np.minimum(error, higher))
-        up = sure & ~down & (k < MAX_ORDER)
-        up &= np.where(k > 1, higher < error, higher < 0.5 * error)
-        up |= starting
-        new = k + up - down
-        error = np.where(up & ~starting, higher, np.where(down, lower, error))
+        rejected, k = ~moved, self._order
+        order, starting = self._choose_order(moved)
+        raised, lowered = order > k, order < k
+        higher, error, lower, _ = self._errors
+        error = np.where(raised & ~starting, higher, np.where(lowered, lower, error))
         with np.errstate(all="ignore"):
-            room = np.maximum(2 * error, 1e-100) ** (-1.0 / (new + 1))
-        factor = np.where(room >= 2, 2.0, np.where(room >= 1, 1.0, np.clip(room, 0.5, 0.9)))
-        factor = np.where(starting, 2.0, factor)
-        # rejected
-        failures = np.where(moved, 0, self._failures + 1)
-        hopeless = rejected & (failures >= PATIENCE)
-        new = np.where(hopeless, 1, new)
-        self._past = np.where(hopeless, 0, self._past)
-        starting |= hopeless | (rejected & self._starting & (k == 1))
-        factor = np.where(rejected, 0.5, factor)
-        factor = np.where(rejected & (k == 1), np.clip(0.7 * ratio**-0.5, 1e-3, 0.5), factor)
+            # A step that is this much longer would have half the tolerance as its
+            # error. The order that a starting lane goes to has no estimate yet.
+            room = np.maximum(2 * error, 1e-100) ** (-1 / (order + 1 - starting))
+            first = np.clip(0.7 / np.sqrt(ratio), 1e-3, 0.5)
+        # few changes: estimates are most reliable where steps are equal
+        factor = np.where(room >= 1, 1.0, np.minimum(np.maximum(room, 0.5), 0.9))
+        factor[room >= 2] = 2.0
+        factor = np.where(starting, np.minimum(np.maximum(room, 1.0), 10.0), factor)
+        factor[rejected] = 0.5
+        # at order one the estimate says how short the step has to be
+        factor = np.where(rejected & (k == 1), first, factor)
+
+        self._known = np.where(
+            moved, np.minimum(self._known + 1, MAX_ORDER), self._known
+        )
+        self._failures = np.where(moved, 0, self._failures + 1)
+        lost = self._failures >= PATIENCE
+        self._starting = starting | lost | (rejected & self._starting & (k == 1))
+        self._known[lost] = 0
+        order[lost] = 1
         if self.fixed_order is not None:
-            new = np.minimum(self.fixed_order, self._past + 1)
-        self._order, self._failures, self._starting = new, failures, starting
+            order = np.minimum(self.fixed_order, self._known + 1)
+        self._order = order
         return length * factor
 
+    def _choose_order(self, moved: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the next order, by at most one off, and who is still starting.
+
+        Errors have to fall with the order: lanes go where theirs is least, down rather
+        than up, and up only after as many equal steps as it takes to tell.
+        """
+        higher, error, lower, lowest = self._errors
+        k = self._order
+        down = np.maximum(k * lower, (k - 1) * lowest) <= (k + 1) * error
+        down = np.where(k > 2, down, (k == 2) & (lower <= 0.5 * error))
+        starting = self._starting & moved & ~down & (k < MAX_ORDER)
+        sure = moved & (self._known >= k) & (self._equal > k) & ~starting
+        down |= sure & (k > 1) & (lower <= np.minimum(error, higher))
+        up = sure & (k < MAX_ORDER) & (higher < np.where(k > 1, error, 0.5 * error))
+        return k + ((up & ~down) | starting) - down, starting
+
     def dense(self, lanes, theta):
-        # from the end back, as the differences are known there
-        top, order = self._top, to_device(self._order, self._y1)[lanes]
-        after = torch.from_numpy(self._after[:top]).to(theta.device)[:, lanes]
-        length = torch.from_numpy(np.where(self._length > 0, self._length, 1.0))
-        length = length.to(theta.device)[lanes]
-        place = theta.to(torch.float64)
-        above = torch.cat([torch.zeros_like(after[:1]), after[:-1]])
-        moments = torch.from_numpy(_MOMENTS[: top + 1]).to(theta.device)
-        back = (place - 1) * length
-        integrals = basis_integrals(moments, back, above, after)
-        x = ((place - 1).to(theta.dtype) * self._h[lanes, 0])[:, None]
-        d, e = (self._slope - self._next_phi[0])[lanes], self._next_phi
-        total = torch.zeros_like(d)
-        for j, g in enumerate(integrals):
+        # back from the end, as it is there that the differences are known
+        top, device = self._top, theta.device
+        length = np.where(self._length > 0, self._length, 1.0)
+        length = torch.from_numpy(length).to(device)[lanes]
+        order = torch.from_numpy(self._order).to(device)[lanes]
+        psi = torch.from_numpy(self._psi[:top]).to(device)[:, lanes]
+        moments = torch.from_numpy(_MOMENTS[: top + 1]).to(device)
+        place = theta.to(torch.float64) - 1
+        above = torch.cat([torch.zeros_like(psi[:1]), psi[:-1]])
+        back = place * length
+        integrals = basis_integrals(moments, back / psi, (back + above) / psi)
+        d, total = self._gap[lanes], 0.0
+        for j, (g, e) in enumerate(zip(integrals, self._rows[1], strict=False)):
             g = torch.where(j <= order, g, 0.0).to(theta.dtype)[:, None]
-            total = torch.addcmul(total, g, e[j, lanes] + d)
+            total = total + g * (e[lanes] + d)
+        x = (place.to(theta.dtype) * self._h[lanes, 0])[:, None]
         value = torch.addcmul(self._y1[lanes], x, total)
-        # The polynomial starts where a second correction would have: close that gap,
-        # with both slopes kept.
-        gap = ((1 - place) ** 2 * (1 + 2 * place)).to(theta.dtype)[:, None]
-        return torch.addcmul(value, gap, self._change[lanes])
+        # This polynomial starts at the state that a second correction would have asked
+        # for; a cubic closes the gap and leaves the slopes at both ends as they are.
+        cubic = (place**2 * (3 + 2 * place)).to(theta.dtype)[:, None]
+        return torch.addcmul(value, cubic, self._change[lanes])
 
     def select(self, index):
-        at = torch.from_numpy(index).to(self._phi.device)
-        self._phi = self._phi[:, at]
-        self._next_phi = torch.empty_like(self._phi)
-        self._lane = self._lane[: len(index)]
-        for name in ("order", "past", "equal", "starting", "failures"):
-            setattr(self, f"_{name}", getattr(self, f"_{name}")[index])
-        self._lengths = self._lengths[:, index]
+        self._phi = self._phi[:, torch.from_numpy(index).to(self._phi.device)]
+        self._allocate()
+        self._order, self._known = self._order[index], self._known[index]
+        self._starting, self._failures = self._starting[index], self._failures[index]
+        self._lengths, self._equal = self._lengths[:, index], self._equal[index]
 
     def restart(self, jumped, k):
         mask = torch.from_numpy(jumped).to(k.device)[:, None]
         self._phi[0] = torch.where(mask, k, self._phi[0])
         self._order = np.where(jumped, 1, self._order)
-        self._past = np.where(jumped, 0, self._past)
-        self._starting |= jumped
+        self._known = np.where(jumped, 0, self._known)
         self._failures = np.where(jumped, 0, self._failures)
+        self._starting |= jumped
 
     def evaluations(self, trace):
         count = 2 * trace.n_steps - trace.n_rejected
