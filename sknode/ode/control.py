@@ -20,6 +20,7 @@ __all__ = [
     "make_controller",
     "real_dtype",
     "rms_norm",
+    "scaled_norms",
 ]
 
 
@@ -140,12 +141,23 @@ def rms_norm(x: Tensor) -> np.ndarray:
     return norm * float(x.shape[1] ** -0.5)
 
 
-def _norms(parts: list[Tensor], norm) -> list[np.ndarray]:
-    """Return the norms of several (lanes, n) tensors in one transfer if possible."""
+def _norms(parts: Tensor, norm) -> np.ndarray:
+    """Return the norms of (m, lanes, n) tensors, in one transfer if possible."""
     if norm is None:
-        norms = rms_norm(torch.cat(parts) if len(parts) > 1 else parts[0])
-        return list(norms.astype(np.float64).reshape(len(parts), -1))
-    return [np.asarray(norm(part), dtype=np.float64) for part in parts]
+        norms = rms_norm(parts.flatten(0, 1)).astype(np.float64)
+        return norms.reshape(parts.shape[:2])
+    return np.stack([np.asarray(norm(part), dtype=np.float64) for part in parts])
+
+
+def scaled_norms(
+    errors: Tensor, y: Tensor, y1: Tensor, rtol, atol, norm=None
+) -> np.ndarray:
+    """Return norms of errors (m, lanes, n) in units of the tolerance of a step.
+
+    The tolerance is that of `error_ratio`; the errors are overwritten.
+    """
+    scale = _scale(torch.maximum(y.abs(), y1.abs()), rtol, atol)
+    return _norms(errors.div_(scale), norm)
 
 
 def error_ratio(
@@ -162,8 +174,8 @@ def error_ratio(
     root mean square over the lane's own components unless another one is given. What is
     not a number is infinite.
     """
-    scale = _scale(torch.maximum(y.abs(), y1.abs()), rtol, atol)
-    norms = _norms([error.div_(scale) for error in errors], norm)
+    stack = torch.stack(errors) if len(errors) > 1 else errors[0][None]
+    norms = scaled_norms(stack, y, y1, rtol, atol, norm)
     ratio = norms[0]
     if len(norms) == 2:
         # DOP853: the third-order estimate keeps the fifth-order one from being fooled
@@ -211,13 +223,13 @@ def initial_step(
     """
     interval = t_end - t
     scale = _scale(y.abs(), rtol, atol)
-    d0, d1 = _norms([y / scale, k / scale], norm)
+    d0, d1 = _norms(torch.stack([y, k]).div_(scale), norm)
     with np.errstate(all="ignore"):
         h0 = np.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
         # an infinite or undefined norm must not make the step so
         h0 = np.minimum(np.where(np.isfinite(h0), h0, 1e-6), interval)
         change = probe(np.minimum(t + h0, t_end), h0) - k
-        d2 = _norms([change / scale], norm)[0] / h0
+        d2 = _norms((change / scale)[None], norm)[0] / h0
         steepest = np.maximum(d1, d2)
         h1 = np.where(
             steepest <= 1e-15,

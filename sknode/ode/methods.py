@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from sknode.ode import tableaus
+from sknode.ode.multistep import AdamsStepper
 from sknode.ode.runge_kutta import ExplicitStepper
 from sknode.ode.stepper import Stepper
 from sknode.ode.tableaus import Tableau, get_tableau
@@ -49,6 +50,9 @@ def _explicit(name: str) -> Method:
 
 
 _METHODS = {name: _explicit(name) for name in tableaus.METHODS}
+_METHODS["adams"] = Method(
+    "adams", True, AdamsStepper, gradients=("continuous",), constant_steps=False
+)
 
 METHODS = tuple(_METHODS)
 """Names of the methods that `solve_ode` takes."""

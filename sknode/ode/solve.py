@@ -226,6 +226,8 @@ def solve(
     needs_grad = needs_grad and any(
         x.requires_grad for x in (flat, times, *field.parameters)
     )
+    if needs_grad:
+        _check_gradient(settings.get("method", "dopri5"), gradient)
     if not needs_grad:
         y = run.forward(flat.detach(), record=False)
     elif gradient == "discrete":
@@ -283,6 +285,16 @@ def _check_choice(name, value, choices):
         )
 
 
+def _check_gradient(method: str, gradient: str) -> None:
+    served = get_method(method).gradients
+    if gradient not in served:
+        raise ValueError(
+            f"method {method!r} does not serve gradient={gradient!r}: use "
+            f"gradient={' or '.join(map(repr, served))}, or torch.no_grad() if no "
+            "gradient is needed."
+        )
+
+
 def _check_state(y0) -> None:
     if not isinstance(y0, Tensor):
         raise TypeError(f"y0 must be a torch tensor. Got {type(y0).__name__} instead.")
@@ -337,6 +349,11 @@ def _make_options(
         raise ValueError(
             f"method {method!r} has no error estimate and needs step_size, the length "
             "of its steps."
+        )
+    if step_size is not None and not known.constant_steps:
+        raise ValueError(
+            f"method {method!r} cannot take constant steps: step_size must be None. "
+            f"Got {step_size!r} instead."
         )
     # rounding in a step is a few units in the last place: below this there is
     # nothing to control
