@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from sknode.ode import tableaus
+from sknode.ode.implicit import RosenbrockStepper
 from sknode.ode.runge_kutta import ExplicitStepper
 from sknode.ode.stepper import Stepper
 from sknode.ode.tableaus import Tableau, get_tableau
@@ -33,6 +34,8 @@ class Method:
         The values of ``gradient`` that it serves.
     constant_steps : bool
         Whether it can take constant steps.
+    complex_states : bool
+        Whether states may be complex.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Method:
     tableau: Tableau | None = None
     gradients: tuple[str, ...] = GRADIENTS
     constant_steps: bool = True
+    complex_states: bool = True
 
 
 def _explicit(name: str) -> Method:
@@ -49,6 +53,7 @@ def _explicit(name: str) -> Method:
 
 
 _METHODS = {name: _explicit(name) for name in tableaus.METHODS}
+_METHODS["rodas5p"] = Method("rodas5p", True, RosenbrockStepper, complex_states=False)
 
 METHODS = tuple(_METHODS)
 """Names of the methods that `solve_ode` takes."""

@@ -16,7 +16,7 @@ from sknode.ode import kernels
 from sknode.ode.control import StepController, make_controller, real_dtype
 from sknode.ode.gradients import Run, discrete_adjoint, replay
 from sknode.ode.integrate import Options, Trace, check_order
-from sknode.ode.methods import get_method
+from sknode.ode.methods import Method, get_method
 from sknode.ode.solution import Solution, SolverWarning
 from sknode.ode.vector_field import bind
 
@@ -184,6 +184,7 @@ def solve(
     _check_choice("gradient", gradient, GRADIENTS)
     _check_state(y0)
     options = _make_options(y0.dtype, **settings)
+    known = get_method(settings.get("method", "dopri5"))
     shared = step_control == "shared"
     batch, state = len(y0), y0.shape[1:]
     times = _check_times(t, batch, shared)
@@ -195,7 +196,8 @@ def solve(
 
     field = bind(f, batch, state, shared, row_wise=row_wise)
     host_times = check_order(times.detach().cpu().numpy())
-    run = Run(field, host_times, options, stops)
+    replayable = partial(bind, f, batch, state, shared, closed_form=False)
+    run = Run(field, replayable, host_times, options, stops)
     run.fused = (
         stops is None
         and gradient == "discrete"
@@ -209,13 +211,14 @@ def solve(
     needs_grad = needs_grad and any(
         x.requires_grad for x in (flat, times, *field.parameters)
     )
+    if needs_grad:
+        _check_gradient(known, gradient)
     if not needs_grad:
         y = run.forward(flat.detach(), record=False)
     elif gradient == "discrete":
         y = discrete_adjoint(run, flat, times)
     else:
-        plain = bind(f, batch, state, shared, closed_form=False)
-        y = replay(run, plain, flat, times)
+        y = replay(run, replayable(), flat, times)
     n_times = times.shape[-1]
     if shared:
         y = y.view(n_times, *y0.shape).transpose(0, 1)
@@ -263,6 +266,15 @@ def _check_choice(name, value, choices):
         raise ValueError(
             f"{name} must be one of {', '.join(map(repr, choices))}. "
             f"Got {value!r} instead."
+        )
+
+
+def _check_gradient(known: Method, gradient: str) -> None:
+    """Raise where a gradient is needed that the method does not serve."""
+    if gradient not in known.gradients:
+        raise ValueError(
+            f"method {known.name!r} does not serve gradient={gradient!r}. "
+            f"Use gradient={' or '.join(map(repr, known.gradients))}."
         )
 
 
@@ -320,6 +332,14 @@ def _make_options(
         raise ValueError(
             f"method {method!r} has no error estimate and needs step_size, the length "
             "of its steps."
+        )
+    if step_size is not None and not known.constant_steps:
+        raise ValueError(
+            f"method {method!r} chooses its own steps: step_size must be None."
+        )
+    if dtype.is_complex and not known.complex_states:
+        raise TypeError(
+            f"method {method!r} does not take complex states: y0 must be real."
         )
     # rounding in a step is a few units in the last place: below this there is
     # nothing to control
