@@ -8,6 +8,8 @@ kept while steps are rejected.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -46,9 +48,14 @@ class RosenbrockStepper(Stepper):
         good = torch.isfinite(matrix).all(2).all(1)[:, None]
         matrix = torch.where(good[:, :, None], matrix, torch.eye(y.shape[1]).to(matrix))
         length = torch.where(good, h, torch.nan)
+        lu, pivots, _ = torch.linalg.lu_factor_ex(matrix)
+
+        def solve(right):
+            return torch.linalg.lu_solve(lu, pivots, right[:, :, None])[:, :, 0]
+
         self._y = y
         self._stages, y1 = _take_step(
-            self.tableau, self.field, times, length, y, k, matrix, by_time
+            self.tableau, self.field, times, length, y, k, solve, by_time
         )
         return y1, self.field.evaluate(times[-1], y1)
 
@@ -84,7 +91,13 @@ class RosenbrockStepper(Stepper):
         jacobian, by_time = field.jacobian(times[0], y)
         k = field.evaluate(times[0], y)
         matrix = _matrix(tableau, h, jacobian)
-        stages, y1 = _take_step(tableau, field, times, h, y, k, matrix, by_time)
+
+        def solve(right):
+            # factorised anew by every stage: the derivative of a factorisation costs
+            # far more than the factorisation
+            return torch.linalg.solve_ex(matrix, right).result
+
+        stages, y1 = _take_step(tableau, field, times, h, y, k, solve, by_time)
 
         def dense(lanes, theta):
             return dense_values(tableau, y, stages, lanes, theta)
@@ -110,7 +123,7 @@ def _take_step(
     h: Tensor,
     y: Tensor,
     k: Tensor,
-    matrix: Tensor,
+    solve: Callable[[Tensor], Tensor],
     by_time: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Take a step by differentiable operations.
@@ -127,8 +140,8 @@ def _take_step(
         Signed lengths; zero leaves a state as it is, to the bit.
     y, k : Tensor of shape (lanes, n)
         States and slopes at the start.
-    matrix : Tensor of shape (lanes, n, n)
-        What has to be solved with.
+    solve : callable
+        Solves a linear system for every lane: ``(I / gamma - h J) x = right``.
     by_time : Tensor of shape (lanes, n) or None
         Derivatives of the slopes by time.
 
@@ -138,7 +151,6 @@ def _take_step(
     y1 : Tensor of shape (lanes, n)
     """
     coefficients, flat = tableau.tensors(y.dtype, y.device), y.reshape(-1)
-    lu, pivots, _ = torch.linalg.lu_factor_ex(matrix)
     drift = None if by_time is None else h * h * by_time
     stages: list[Tensor] = []
     for i in range(tableau.n_stages):
@@ -151,7 +163,7 @@ def _take_step(
             right = torch.addcmul(history, slope, h)
         if drift is not None and tableau.d[i]:
             right = torch.add(right, drift, alpha=tableau.d[i])
-        stages.append(torch.linalg.lu_solve(lu, pivots, right[:, :, None])[:, :, 0])
+        stages.append(solve(right))
     stages = torch.stack(stages)
     y1 = torch.addmv(flat, _columns(stages), coefficients.b).view_as(y)
     return stages, y1
