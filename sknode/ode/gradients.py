@@ -68,6 +68,9 @@ class Run:
         with torch.no_grad():
             self.field.prepare()
             grid = Grid.from_times(self.times, self.stops)
+            if self.options.solver is not None:
+                self.trace = self.options.solver(self.field, y0, grid, self.options)
+                return self.trace.y
             self.trace = integrate(
                 self.field, y0, grid, self.options, k0=self.k0, record=record
             )

@@ -66,9 +66,12 @@ def solve_ode(
         all samples, or a row for every sample (rows may end at different times: repeat
         the last time).
     method : {"dopri5", "tsit5", "bosh3", "dopri8", "heun", "rk4", "midpoint", \
-            "euler"}, default="dopri5"
-        The Runge-Kutta method. The last three have no error estimate and need a
-        ``step_size``.
+            "euler", "rodas5p", "scipy_rk45", "scipy_rk23", "scipy_dop853", \
+            "scipy_radau", "scipy_bdf", "scipy_lsoda"}, default="dopri5"
+        The first eight are explicit Runge-Kutta methods; "rk4", "midpoint" and "euler"
+        have no error estimate and need a ``step_size``. "rodas5p" is for stiff
+        problems. Those of scipy run on the CPU, one sample after the other, and have
+        no discrete gradient.
     rtol, atol : float, default=1e-6
         Relative and absolute tolerance of a step's error: ``atol + rtol * |y|``, in
         root mean square over the sample's state.
@@ -128,6 +131,9 @@ def solve_ode(
     NeurIPS 2018.
     Hairer, Norsett & Wanner, "Solving Ordinary Differential Equations I", 2nd edition,
     Springer 1993.
+    Steinebach, "Construction of Rosenbrock-Wanner method Rodas5P and numerical
+    benchmarks within the Julia Differential Equations package", BIT Numerical
+    Mathematics 63 (2023), 27.
 
     Examples
     --------
@@ -255,7 +261,9 @@ def _empty_solution(y0: Tensor, times: Tensor, resolve) -> Solution:
 def _statistics(trace: Trace, options: Options) -> dict[str, np.ndarray]:
     """Count steps and evaluations, exactly: those that the sample itself needed."""
     chosen = options.step_size is None and options.first_step is None
-    evaluations = trace.moving * (1 + chosen) + trace.n_evaluations
+    evaluations = trace.n_evaluations
+    if options.solver is None:
+        evaluations = evaluations + trace.moving * (1 + chosen)
     accepted = trace.n_steps - trace.n_rejected
     counts = (trace.n_steps, accepted, trace.n_rejected, evaluations)
     return dict(zip(STATISTICS, counts, strict=True))
@@ -362,6 +370,7 @@ def _make_options(
         max_step=math.inf if max_step is None else float(max_step),
         step_size=step_size,
         make_stepper=known.make_stepper,
+        solver=known.solver,
         **further,
     )
 
