@@ -28,6 +28,7 @@ from sklearn.preprocessing import StandardScaler
 
 from sknode import ODENetClassifier
 from sknode.ode import METHODS, SolverError, SolverWarning
+from sknode.ode.methods import get_method
 
 SHORT = {"max_iter": 8, "random_state": 0}
 
@@ -59,10 +60,22 @@ def test_string_labels_come_back(moons):
     assert clf.score(X, labels) > 0.8
 
 
-@pytest.mark.parametrize("solver", METHODS)
+@pytest.mark.parametrize(
+    "solver", [m for m in METHODS if "discrete" in get_method(m).gradients]
+)
 def test_every_solver_learns(moons, solver):
     clf = ODENetClassifier(solver=solver, max_iter=30, random_state=0)
     assert clf.fit(*moons).score(*moons) > 0.85
+
+
+@pytest.mark.parametrize("solver", ["rodas5p", "scipy_dop853", "scipy_radau"])
+def test_predicts_by_another_solver(moons, fitted, solver):
+    X, _ = moons
+    exact = copy.deepcopy(fitted).set_params(rtol=1e-6, atol=1e-6)
+    other = copy.deepcopy(exact).set_params(solver=solver)
+    np.testing.assert_allclose(
+        other.predict_proba(X), exact.predict_proba(X), rtol=1e-3, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("activation", ["softplus", "silu", "elu", "sigmoid", "relu"])

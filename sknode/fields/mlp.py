@@ -157,6 +157,43 @@ class MLPField(nn.Module):
             z = layer(function(z))
         return z
 
+    def jacobian(self, t: Tensor | None, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the derivatives of the field by state and by time.
+
+        Parameters
+        ----------
+        t : Tensor of shape (n_rows, 1) or ()
+            Times; not looked at unless the field depends on time.
+        y : Tensor of shape (n_rows, dim)
+            States.
+
+        Returns
+        -------
+        by_state : Tensor of shape (n_rows, dim, dim)
+            ``by_state[:, i, j]`` is the derivative of slope ``i`` by state ``j``.
+        by_time : Tensor of shape (n_rows, dim) or None
+            Derivative by time, None if the field does not depend on it.
+
+        Notes
+        -----
+        The product of the weights and of the activations' derivatives, layer by layer.
+        Differentiable.
+        """
+        function = get_activation(self.activation).function
+        first, *inner = self.layers
+        z = F.linear(y, first.weight[:, : self.dim], first.bias)
+        if self.time_dependent:
+            z = z + t * first.weight[:, -1]
+        # the derivatives by every input, one after the other: (n_rows, inputs, width)
+        tangents = first.weight.T
+        for layer in inner:
+            value, slope = _value_and_slope(function, z)
+            tangents = F.linear(tangents * slope[:, None, :], layer.weight)
+            if layer is not inner[-1]:
+                z = F.linear(value, layer.weight, layer.bias)
+        by_time = tangents[:, -1] if self.time_dependent else None
+        return tangents[:, : self.dim].transpose(1, 2), by_time
+
     def closed_form(self, state: torch.Size) -> MLPClosedForm | None:
         """Return the field for a solve, or None where only autograd is right."""
         changed = type(self).forward is not MLPField.forward
@@ -170,6 +207,17 @@ class MLPField(nn.Module):
         return MLPClosedForm(self)
 
 
+def _value_and_slope(function, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Return an elementwise function and its derivative, differentiable like z."""
+    with torch.enable_grad():
+        x = z if z.requires_grad else z.detach().requires_grad_()
+        value = function(x)
+        (slope,) = torch.autograd.grad(
+            value, x, torch.ones_like(x), create_graph=z.requires_grad
+        )
+    return (value if z.requires_grad else value.detach()), slope
+
+
 class MLPClosedForm:
     """An `MLPField` with its weights laid out for one solve; see `BoundField`.
 
@@ -181,6 +229,7 @@ class MLPClosedForm:
     probed = False
 
     def __init__(self, field: MLPField):
+        self.field = field
         self.activation: Activation = get_activation(field.activation)
         self.uses_time = field.time_dependent
         self.parameters = [
@@ -242,6 +291,10 @@ class MLPClosedForm:
                 z.addcmul_(t, self.time_weight)
             s = kernel(z, z)
         return torch.addmm(self.biases[-1], s, self.transposed[-1])
+
+    def jacobian(self, t, y):
+        """Return the derivatives by state and time."""
+        return self.field.jacobian(t, y)
 
     def begin_reverse(self):
         """Start a reverse sweep."""

@@ -11,6 +11,9 @@ cotangent of the step's start. An output at ``theta`` inside the step with cotan
 ``h b_i(theta) g`` to ``kappa_i`` and ``g`` to ``lam``. Only ``(t, h, y)`` of accepted
 steps are kept; stages are computed again.
 
+A method that is not an explicit Runge-Kutta one is reversed by torch: one step at a
+time is taken again under autograd and pulled back. What is kept is the same.
+
 Step sizes are constants. Moving t0 moves all steps but the end of the last one, moving
 the last time stretches the last step, and steps that run from one output time to the
 next move with both: these gradients, too, are those of the numbers computed, not of the
@@ -26,6 +29,7 @@ differentiation, optimal control, and more", SIAM Review 58 (2016), 3-33.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,7 +38,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sknode.ode import kernels
-from sknode.ode.control import real_dtype
 from sknode.ode.integrate import Grid, Options, StepRecord, Stops, Trace, integrate
 from sknode.ode.runge_kutta import StageBuffer, StageTimes, powers
 from sknode.ode.vector_field import BoundField
@@ -47,6 +50,7 @@ class Run:
     """One solve: what is integrated and how, and, afterwards, what happened."""
 
     field: BoundField
+    replayable: Callable[[], BoundField]  # makes the field of differentiable operations
     times: np.ndarray
     options: Options
     stops: Stops | None = None
@@ -64,6 +68,9 @@ class Run:
         with torch.no_grad():
             self.field.prepare()
             grid = Grid.from_times(self.times, self.stops)
+            if self.options.solver is not None:
+                self.trace = self.options.solver(self.field, y0, grid, self.options)
+                return self.trace.y
             self.trace = integrate(
                 self.field, y0, grid, self.options, k0=self.k0, record=record
             )
@@ -113,30 +120,36 @@ class _DiscreteAdjoint(torch.autograd.Function):
         if run.fused:
             grad_y0, parameters = kernels.reverse(run.field.network, run.trace, grad)
             return None, grad_y0, None, *parameters
-        sweep = _Sweep(run, times, grad, ctx.needs_input_grad[2])
+        explicit = run.options.tableau is not None
+        kind = _RungeKuttaSweep if explicit else _TapedSweep
+        sweep = kind(run, times, grad, ctx.needs_input_grad[2])
         grad_y0, grad_times = sweep.reverse()
-        parameters = run.field.parameter_gradients()
-        return None, grad_y0, grad_times, *parameters
+        return None, grad_y0, grad_times, *sweep.parameter_gradients()
 
 
 class _Sweep:
-    """Going back over the steps of a trace."""
+    """Going back over the steps of a trace; how one step is reversed is left open."""
 
     def __init__(self, run: Run, times: Tensor, grad: Tensor, need_times: bool):
-        self.field, self.tableau, self.trace = run.field, run.options.tableau, run.trace
-        self.coefficients = self.tableau.tensors(grad.dtype, grad.device)
+        self.run, self.trace = run, run.trace
         self.grad = grad  # (lanes, n_times, n)
         self.times = times
         # one row per lane, summed at the end where lanes share their times
         self.grad_times = None
-        self._buffers: dict[tuple[int, int], tuple[StageBuffer, ...]] = {}
         if need_times:
             shape = (self.trace.n_padded, grad.shape[1])
             self.grad_times = times.new_zeros(shape)
 
+    def _step(self, record: StepRecord, lam: Tensor) -> Tensor:
+        """Return the cotangent of the step's start from that of its end."""
+        raise NotImplementedError
+
+    def parameter_gradients(self) -> list[Tensor | None]:
+        """Return the gradients of the field's parameters, after the reverse."""
+        raise NotImplementedError
+
     def reverse(self) -> tuple[Tensor, Tensor | None]:
         """Return the cotangents of the initial states and of the output times."""
-        self.field.begin_reverse()
         lam = self._cotangent_at_end()
         n_lanes = len(lam)
         if self.trace.n_padded > n_lanes:
@@ -171,6 +184,48 @@ class _Sweep:
     def _tensor(self, values: np.ndarray, dtype=None) -> Tensor:
         tensor = torch.from_numpy(np.array(values))
         return tensor.to(self.grad.device, dtype, non_blocking=True)
+
+    def _rows(self, record: StepRecord) -> Tensor:
+        if record.rows is not None:
+            return record.rows
+        return torch.arange(len(record.y), device=record.y.device)
+
+    def _add_times(self, record: StepRecord, by_start: Tensor, by_end: Tensor) -> None:
+        """Add what the start and the end of a step contribute."""
+        columns = step_ends(record, self.trace, self.grad.shape[1])
+        for column, value in zip(columns, (by_start, by_end), strict=True):
+            self._add(self._rows(record), self._tensor(column), value)
+
+    def _add(self, rows: Tensor, columns: Tensor, values: Tensor) -> None:
+        """Add to the gradients of some output times."""
+        values = values.to(self.grad_times.dtype)
+        self.grad_times.index_put_((rows, columns), values, accumulate=True)
+
+    def _times_gradient(self, n_lanes: int) -> Tensor | None:
+        if self.grad_times is None:
+            return None
+        total = self.grad_times[:n_lanes]
+        if total.shape[1] > 1:
+            # the first time once more, before any step, still has a slope
+            slopes = _dot(self.grad, self.trace.k0[:, None, :])
+            slopes = torch.where(self._tensor(self.trace.at_start), slopes, 0.0)
+            slopes[:, 0] = -slopes[:, 1:].sum(1)
+            total = total + slopes.to(total.dtype)
+        return total if self.times.ndim == 2 else total.sum(0)
+
+
+class _RungeKuttaSweep(_Sweep):
+    """The reverse of an explicit Runge-Kutta method, stage by stage."""
+
+    def __init__(self, run, times, grad, need_times):
+        super().__init__(run, times, grad, need_times)
+        self.field, self.tableau = run.field, run.options.tableau
+        self.coefficients = self.tableau.tensors(grad.dtype, grad.device)
+        self._buffers: dict[tuple[int, int], tuple[StageBuffer, ...]] = {}
+        self.field.begin_reverse()
+
+    def parameter_gradients(self):
+        return self.field.parameter_gradients()
 
     def _memory(self, n: int, like: Tensor) -> tuple[StageBuffer, ...]:
         """Return buffers for stages, their states, and both kinds of cotangents."""
@@ -220,7 +275,7 @@ class _Sweep:
                     by_end = by_end + c * time
         field.flush(states.values, kappa.values)
         if need_times:
-            self._add_times(record, k.values, by_length, by_start, by_end)
+            self._reverse_times(record, k.values, by_length, by_start, by_end)
         lam = stack.values.sum(0)
         return lam if weighted is None else lam.add_(outputs[0])
 
@@ -235,14 +290,9 @@ class _Sweep:
         total.index_add_(0, lanes, x[:, :, None] * g[:, None, :])
         return total.transpose(0, 1)
 
-    def _rows(self, record: StepRecord) -> Tensor:
-        if record.rows is not None:
-            return record.rows
-        return torch.arange(len(record.y), device=record.y.device)
-
-    def _add_times(self, record, k, by_length, by_start, by_end) -> None:
+    def _reverse_times(self, record, k, by_length, by_start, by_end) -> None:
         """Add what a step contributes to the gradients of the times."""
-        dtype, rows, h = self.grad_times.dtype, self._rows(record), record.h[:, 0]
+        rows, h = self._rows(record), record.h[:, 0]
         still = h == 0
         by_length = torch.where(still, 0.0, by_length / torch.where(still, 1.0, h))
         by_start, by_end = by_start - by_length, by_end + by_length
@@ -250,16 +300,13 @@ class _Sweep:
             lanes, columns, theta = record.outputs
             slope = self._dense_slope(k, lanes, theta) / h[lanes, None]
             moved = _dot(self.grad[rows[lanes], columns], slope)
-            at = (rows[lanes], columns)
-            self.grad_times.index_put_(at, moved.to(dtype), accumulate=True)
+            self._add(rows[lanes], columns, moved)
             # theta = (t_out - start) / (end - start)
             by_start = by_start.index_add(0, lanes, (theta - 1) * moved)
             by_end = by_end.index_add(0, lanes, -theta * moved)
-        columns = step_ends(record, self.trace, self.grad.shape[1])
-        for column, value in zip(columns, (by_start, by_end), strict=True):
-            value = torch.where(still, 0.0, value).to(dtype)
-            at = (rows, self._tensor(column))
-            self.grad_times.index_put_(at, value, accumulate=True)
+        self._add_times(
+            record, torch.where(still, 0.0, by_start), torch.where(still, 0.0, by_end)
+        )
 
     def _dense_slope(self, k: Tensor, lanes: Tensor, theta: Tensor) -> Tensor:
         """Return the derivative of dense outputs by theta."""
@@ -271,17 +318,57 @@ class _Sweep:
         polynomial = (p.t() @ k.flatten(1)).view(-1, *k.shape[1:]).transpose(0, 1)
         return torch.einsum("md,mdn->mn", x, polynomial[lanes])
 
-    def _times_gradient(self, n_lanes: int) -> Tensor | None:
-        if self.grad_times is None:
-            return None
-        total = self.grad_times[:n_lanes]
-        if total.shape[1] > 1:
-            # the first time once more, before any step, still has a slope
-            slopes = _dot(self.grad, self.trace.k0[:, None, :])
-            slopes = torch.where(self._tensor(self.trace.at_start), slopes, 0.0)
-            slopes[:, 0] = -slopes[:, 1:].sum(1)
-            total = total + slopes.to(total.dtype)
-        return total if self.times.ndim == 2 else total.sum(0)
+
+class _TapedSweep(_Sweep):
+    """The reverse of any one-step method, by autograd through one step at a time."""
+
+    def __init__(self, run, times, grad, need_times):
+        super().__init__(run, times, grad, need_times)
+        self.field = run.replayable()
+        self.parameters = list(run.field.parameters)
+        self._gradients: list[Tensor | None] = [None] * len(self.parameters)
+
+    def parameter_gradients(self):
+        return self._gradients
+
+    def _step(self, record, lam):
+        need_times = self.grad_times is not None
+        y = record.y.detach().requires_grad_()
+        ends = [
+            self._tensor(t).requires_grad_(need_times) for t in (record.t, record.t1)
+        ]
+        at, values, cotangents = None, [], [lam]
+        if record.outputs is not None:
+            lanes, columns, _ = record.outputs
+            rows = self._rows(record)[lanes]
+            at = _rows_of(self.times, len(self.grad))[rows, columns]
+            at = at.detach().requires_grad_(need_times)
+            cotangents.append(self.grad[rows, columns])
+        with torch.enable_grad():
+            values = _take_again(self.run, self.field, record, y, *ends, at)
+        times = [*ends, *([] if at is None else [at])] if need_times else []
+        inputs = [y, *times, *self.parameters]
+        # captured tensors may have a history that all steps share: keep it
+        grads = torch.autograd.grad(
+            values[: len(cotangents)],
+            inputs,
+            cotangents,
+            retain_graph=True,
+            allow_unused=True,
+        )
+        for i, grad in enumerate(grads[1 + len(times) :]):
+            if grad is not None:
+                total = self._gradients[i]
+                self._gradients[i] = grad if total is None else total + grad
+        if need_times:
+            zeros = (torch.zeros_like(x) for x in times)
+            moved = [
+                z if g is None else g for z, g in zip(zeros, grads[1:], strict=False)
+            ]
+            self._add_times(record, *moved[:2])
+            if at is not None:
+                self._add(rows, columns, moved[2])
+        return grads[0]
 
 
 def step_ends(record: StepRecord, trace: Trace, n_times: int):
@@ -315,14 +402,12 @@ def replay(run: Run, field: BoundField, y0: Tensor, times: Tensor) -> Tensor:
         As for `discrete_adjoint`.
     """
     run.forward(y0.detach(), record=True)
-    trace, tableau, n_lanes = run.trace, run.options.tableau, len(y0)
-    device = y0.device
+    trace, n_lanes, device = run.trace, len(y0), y0.device
     y = torch.cat([y0, y0.new_zeros(trace.n_padded - n_lanes, y0.shape[1])])
     # zero, but with a gradient
     shift = (times - times.detach()).expand(n_lanes, -1)
     extra = times.new_zeros(trace.n_padded - n_lanes, times.shape[-1])
     shift = torch.cat([shift, extra])
-    coefficients = tableau.tensors(y.dtype, device)
     outputs = []
     for record in trace.records:
         rows = record.rows
@@ -332,49 +417,70 @@ def replay(run: Run, field: BoundField, y0: Tensor, times: Tensor) -> Tensor:
         start_column, end_column = (torch.from_numpy(x).to(device) for x in ends)
         t = torch.from_numpy(record.t).to(times) + shift[rows, start_column]
         t1 = torch.from_numpy(record.t1).to(times) + shift[rows, end_column]
-        length = t1 - t
-        change = (length - length.detach()).to(real_dtype(y.dtype))[:, None]
-        h = record.h + torch.where(record.h != 0, change, torch.zeros_like(change))
-        start = y[rows]
-        k = _stages(field, tableau, t, t1, h, start, record.outputs is not None)
-        weights = coefficients.a[tableau.n_stages - 1]
-        end = start + torch.einsum("s,sln->ln", weights, torch.stack(k[: len(weights)]))
-        y = y.index_copy(0, rows, end)
+        at = None
         if record.outputs is not None:
-            lanes, columns, theta = record.outputs
-            grid = times.expand(n_lanes, -1) if times.ndim == 1 else times
-            exact = (grid[rows[lanes], columns] - t[lanes]) / length[lanes]
-            theta = theta + (exact - exact.detach()).to(theta.dtype)
-            degree = coefficients.dense.shape[1]
-            x = torch.stack([theta ** (i + 1) for i in range(degree)], 1)
-            values = start[lanes] + torch.einsum(
-                "ms,smn->mn",
-                x.to(y.dtype) @ coefficients.dense.t(),
-                torch.stack(k)[:, lanes],
-            )
+            lanes, columns, _ = record.outputs
+            at = _rows_of(times, n_lanes)[rows[lanes], columns]
+        end, values = _take_again(run, field, record, y[rows], t, t1, at)
+        y = y.index_copy(0, rows, end)
+        if at is not None:
             outputs.append((rows[lanes], columns, values))
     return _assemble(trace, y0, y[:n_lanes], times, outputs)
 
 
-def _stages(field, tableau, t, t1, h, y, extended: bool) -> list[Tensor]:
-    """Return the scaled slopes of a step, differentiable."""
-    coefficients = tableau.tensors(y.dtype, y.device)
-    n = tableau.n_stages_extended if extended else tableau.n_stages - 1
-    k: list[Tensor] = []
-    for i in range(n):
-        stage = y
-        if i:
-            stage = y + torch.einsum("s,sln->ln", coefficients.a[i], torch.stack(k))
-        c = coefficients.c[i]
-        time = t1 if c == 1.0 else t + c * (t1 - t)
-        k.append(field.evaluate(time.to(h.dtype)[:, None], stage) * h)
-    return k
+def _rows_of(times: Tensor, n_lanes: int) -> Tensor:
+    """Return output times with a row for every lane."""
+    return times.expand(n_lanes, -1) if times.ndim == 1 else times
+
+
+def _take_again(
+    run: Run,
+    field: BoundField,
+    record: StepRecord,
+    y: Tensor,
+    t: Tensor,
+    t1: Tensor,
+    at: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Take a recorded step by differentiable operations.
+
+    Parameters
+    ----------
+    run : Run
+        The solve.
+    field : BoundField
+        The vector field, of differentiable operations.
+    record : StepRecord
+        The step.
+    y : Tensor of shape (m, n)
+        States at its start.
+    t, t1 : Tensor of shape (m,)
+        Its start and end.
+    at : Tensor of shape (n_outputs,) or None
+        The output times inside it.
+
+    Returns
+    -------
+    end : Tensor of shape (m, n)
+    values : Tensor of shape (n_outputs, n) or None
+    """
+    length = t1 - t
+    # zero, but with a gradient
+    change = (length - length.detach()).to(record.h.dtype)[:, None]
+    h = record.h + torch.where(record.h != 0, change, torch.zeros_like(change))
+    inside = at is not None
+    end, dense = run.trace.stepper.replay(field, t, t1, h, y, inside)
+    if not inside:
+        return end, None
+    lanes, _, theta = record.outputs
+    exact = (at - t[lanes]) / length[lanes]
+    return end, dense(lanes, theta + (exact - exact.detach()).to(theta.dtype))
 
 
 def _assemble(trace: Trace, y0, y, times, outputs) -> Tensor:
     """Place differentiable states at their output times."""
     n_lanes, n_times = len(y0), times.shape[-1]
-    grid = times.expand(n_lanes, -1) if times.ndim == 1 else times
+    grid = _rows_of(times, n_lanes)
     at_start = torch.from_numpy(trace.at_start.copy()).to(y0.device)[:, :, None]
     # where nothing moved yet: the first state, which has a slope in time
     still = (grid - grid[:, :1]).to(y0.dtype)[:, :, None] * trace.k0[:, None, :]

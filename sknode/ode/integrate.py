@@ -96,6 +96,7 @@ class Options:
     monitor: Monitor | None = None
     watch: Watch | None = None
     make_stepper: Callable[[Any, Options], Stepper] | None = None
+    solver: Callable[..., Trace] | None = None  # takes the place of `integrate`
 
     @property
     def plain(self) -> bool:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from sknode.ode import tableaus
+from sknode.ode.implicit import RosenbrockStepper
+from sknode.ode.integrate import Trace
 from sknode.ode.multistep import AdamsStepper
 from sknode.ode.runge_kutta import ExplicitStepper
+from sknode.ode.scipy_solvers import SCIPY_METHODS, solve_by_scipy
 from sknode.ode.stepper import Stepper
 from sknode.ode.tableaus import Tableau, get_tableau
 
@@ -26,7 +30,7 @@ class Method:
         Its name.
     adaptive : bool
         Whether it estimates its error; otherwise it needs a step size.
-    make_stepper : callable
+    make_stepper : callable or None
         ``make_stepper(field, options)`` returns its `Stepper`.
     tableau : Tableau or None
         Coefficients of an explicit Runge-Kutta method.
@@ -34,14 +38,20 @@ class Method:
         The values of ``gradient`` that it serves.
     constant_steps : bool
         Whether it can take constant steps.
+    complex_states : bool
+        Whether states may be complex.
+    solver : callable or None
+        What takes the place of `integrate`, for methods without stepper.
     """
 
     name: str
     adaptive: bool
-    make_stepper: Callable[..., Stepper]
+    make_stepper: Callable[..., Stepper] | None
     tableau: Tableau | None = None
     gradients: tuple[str, ...] = GRADIENTS
     constant_steps: bool = True
+    complex_states: bool = True
+    solver: Callable[..., Trace] | None = None
 
 
 def _explicit(name: str) -> Method:
@@ -49,10 +59,24 @@ def _explicit(name: str) -> Method:
     return Method(name, tableau.adaptive, ExplicitStepper, tableau)
 
 
+def _of_scipy(name: str) -> Method:
+    return Method(
+        name,
+        True,
+        make_stepper=None,
+        gradients=("continuous",),
+        constant_steps=False,
+        complex_states=name not in ("scipy_radau", "scipy_lsoda"),
+        solver=partial(solve_by_scipy, name),
+    )
+
+
 _METHODS = {name: _explicit(name) for name in tableaus.METHODS}
 _METHODS["adams"] = Method(
     "adams", True, AdamsStepper, gradients=("continuous",), constant_steps=False
 )
+_METHODS["rodas5p"] = Method("rodas5p", True, RosenbrockStepper, complex_states=False)
+_METHODS |= {name: _of_scipy(name) for name in SCIPY_METHODS}
 
 METHODS = tuple(_METHODS)
 """Names of the methods that `solve_ode` takes."""

@@ -82,6 +82,30 @@ class ExplicitStepper(Stepper):
             torch.mul(slope, self._h, out=larger.rows[i])
         return larger.values
 
+    def replay(self, field, t, t1, h, y, inside):
+        tableau = self.tableau
+        coefficients = tableau.tensors(y.dtype, y.device)
+        n, last = tableau.n_stages_extended, tableau.n_stages - 1
+        k: list[Tensor] = []
+        for i in range(n if inside else last):
+            stage = y
+            if i:
+                stage = y + torch.einsum("s,sln->ln", coefficients.a[i], torch.stack(k))
+            c = coefficients.c[i]
+            time = t1 if c == 1.0 else t + c * (t1 - t)
+            k.append(field.evaluate(time.to(h.dtype)[:, None], stage) * h)
+        y1 = y + torch.einsum("s,sln->ln", coefficients.a[last], torch.stack(k[:last]))
+
+        def dense(lanes, theta):
+            degrees = range(1, coefficients.dense.shape[1] + 1)
+            x = torch.stack([theta**i for i in degrees], 1).to(y.dtype)
+            weights = x @ coefficients.dense.t()
+            return y[lanes] + torch.einsum(
+                "ms,smn->mn", weights, torch.stack(k)[:, lanes]
+            )
+
+        return y1, dense
+
     def evaluations(self, trace):
         return count_evaluations(self.tableau, trace)
 

@@ -17,7 +17,7 @@ from sknode.ode.control import StepController, make_controller, real_dtype
 from sknode.ode.events import solve_with_events
 from sknode.ode.gradients import Run, discrete_adjoint, replay
 from sknode.ode.integrate import Options, Trace, check_order
-from sknode.ode.methods import get_method
+from sknode.ode.methods import Method, get_method
 from sknode.ode.solution import Solution, SolverWarning
 from sknode.ode.vector_field import bind
 
@@ -68,9 +68,12 @@ def solve_ode(
         all samples, or a row for every sample (rows may end at different times: repeat
         the last time).
     method : {"dopri5", "tsit5", "bosh3", "dopri8", "heun", "rk4", "midpoint", \
-            "euler"}, default="dopri5"
-        The Runge-Kutta method. The last three have no error estimate and need a
-        ``step_size``.
+            "euler", "rodas5p", "scipy_rk45", "scipy_rk23", "scipy_dop853", \
+            "scipy_radau", "scipy_bdf", "scipy_lsoda"}, default="dopri5"
+        The first eight are explicit Runge-Kutta methods; "rk4", "midpoint" and "euler"
+        have no error estimate and need a ``step_size``. "rodas5p" is for stiff
+        problems. Those of scipy run on the CPU, one sample after the other, and have
+        no discrete gradient.
     rtol, atol : float, default=1e-6
         Relative and absolute tolerance of a step's error: ``atol + rtol * |y|``, in
         root mean square over the sample's state.
@@ -135,6 +138,9 @@ def solve_ode(
     NeurIPS 2018.
     Hairer, Norsett & Wanner, "Solving Ordinary Differential Equations I", 2nd edition,
     Springer 1993.
+    Steinebach, "Construction of Rosenbrock-Wanner method Rodas5P and numerical
+    benchmarks within the Julia Differential Equations package", BIT Numerical
+    Mathematics 63 (2023), 27.
 
     Examples
     --------
@@ -193,6 +199,7 @@ def solve(
     _check_choice("gradient", gradient, GRADIENTS)
     _check_state(y0)
     options = _make_options(y0.dtype, **settings)
+    known = get_method(settings.get("method", "dopri5"))
     shared = step_control == "shared"
     batch, state = len(y0), y0.shape[1:]
     times = _check_times(t, batch, shared)
@@ -211,7 +218,8 @@ def solve(
 
     field = bind(f, batch, state, shared, row_wise=row_wise)
     host_times = check_order(times.detach().cpu().numpy())
-    run = Run(field, host_times, options, stops)
+    replayable = partial(bind, f, batch, state, shared, closed_form=False)
+    run = Run(field, replayable, host_times, options, stops)
     run.fused = (
         options.plain
         and stops is None
@@ -227,14 +235,13 @@ def solve(
         x.requires_grad for x in (flat, times, *field.parameters)
     )
     if needs_grad:
-        _check_gradient(settings.get("method", "dopri5"), gradient)
+        _check_gradient(known, gradient)
     if not needs_grad:
         y = run.forward(flat.detach(), record=False)
     elif gradient == "discrete":
         y = discrete_adjoint(run, flat, times)
     else:
-        plain = bind(f, batch, state, shared, closed_form=False)
-        y = replay(run, plain, flat, times)
+        y = replay(run, replayable(), flat, times)
     n_times = times.shape[-1]
     if shared:
         y = y.view(n_times, *y0.shape).transpose(0, 1)
@@ -271,7 +278,9 @@ def _empty_solution(y0: Tensor, times: Tensor, resolve) -> Solution:
 def _statistics(trace: Trace, options: Options) -> dict[str, np.ndarray]:
     """Count steps and evaluations, exactly: those that the sample itself needed."""
     chosen = options.step_size is None and options.first_step is None
-    evaluations = trace.moving * (1 + chosen) + trace.n_evaluations
+    evaluations = trace.n_evaluations
+    if options.solver is None:
+        evaluations = evaluations + trace.moving * (1 + chosen)
     accepted = trace.n_steps - trace.n_rejected
     counts = (trace.n_steps, accepted, trace.n_rejected, evaluations)
     return dict(zip(STATISTICS, counts, strict=True))
@@ -285,13 +294,13 @@ def _check_choice(name, value, choices):
         )
 
 
-def _check_gradient(method: str, gradient: str) -> None:
-    served = get_method(method).gradients
-    if gradient not in served:
+def _check_gradient(known: Method, gradient: str) -> None:
+    """Raise where a gradient is needed that the method does not serve."""
+    if gradient not in known.gradients:
         raise ValueError(
-            f"method {method!r} does not serve gradient={gradient!r}: use "
-            f"gradient={' or '.join(map(repr, served))}, or torch.no_grad() if no "
-            "gradient is needed."
+            f"method {known.name!r} does not serve gradient={gradient!r}: use "
+            f"gradient={' or '.join(map(repr, known.gradients))}, or torch.no_grad() "
+            "if no gradient is needed."
         )
 
 
@@ -355,6 +364,10 @@ def _make_options(
             f"method {method!r} cannot take constant steps: step_size must be None. "
             f"Got {step_size!r} instead."
         )
+    if dtype.is_complex and not known.complex_states:
+        raise TypeError(
+            f"method {method!r} does not take complex states: y0 must be real."
+        )
     # rounding in a step is a few units in the last place: below this there is
     # nothing to control
     least = 4 * torch.finfo(dtype).eps
@@ -376,6 +389,7 @@ def _make_options(
         max_step=math.inf if max_step is None else float(max_step),
         step_size=step_size,
         make_stepper=known.make_stepper,
+        solver=known.solver,
         **further,
     )
 

@@ -8,6 +8,7 @@ what it needs of the latest attempt, which is the one it is asked about.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -104,6 +105,35 @@ class Stepper:
         Returns
         -------
         Tensor of shape (m, n)
+        """
+        raise NotImplementedError
+
+    def replay(
+        self,
+        field: BoundField,
+        t: Tensor,
+        t1: Tensor,
+        h: Tensor,
+        y: Tensor,
+        inside: bool,
+    ) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
+        """Take a step by differentiable operations, for gradients.
+
+        Parameters
+        ----------
+        field : BoundField
+            The vector field, of differentiable operations.
+        t, t1, h, y
+            As for `attempt`, all of them tensors.
+        inside : bool
+            Whether the inside of the step will be looked at.
+
+        Returns
+        -------
+        y1 : Tensor of shape (lanes, n)
+            State at the end.
+        dense : callable
+            ``dense(lanes, theta)`` returns states inside the step.
         """
         raise NotImplementedError
 

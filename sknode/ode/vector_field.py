@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -71,6 +72,14 @@ class BoundField(Protocol):
     def evaluate(self, t: Tensor | None, y: Tensor) -> Tensor:
         """Return the slopes, in a tensor that is never written again."""
 
+    def jacobian(self, t: Tensor | None, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the derivatives by state and by time, for implicit methods.
+
+        They have shapes (lanes, n, n), with the slope's components first, and
+        (lanes, n), None if time does not matter. Where autograd is enabled they can be
+        differentiated.
+        """
+
     def begin_reverse(self) -> None:
         """Start a reverse sweep: forget accumulated gradients."""
 
@@ -105,6 +114,8 @@ class AutogradField:
         Module or function.
     row_wise : bool, default=False
         Whether rows may be taken apart: f may hold tensors with an entry per sample.
+    jacobian : callable, optional
+        A closed form of the derivatives, ``jacobian(t, y)``, row by row.
     """
 
     reusable = False  # f may keep the states that it is given
@@ -112,8 +123,15 @@ class AutogradField:
     probed = True
     network = None
 
-    def __init__(self, f: Callable[[Tensor, Tensor], Tensor], row_wise: bool = False):
+    def __init__(
+        self,
+        f: Callable[[Tensor, Tensor], Tensor],
+        row_wise: bool = False,
+        jacobian: Callable | None = None,
+    ):
         self.f, self.row_wise = f, row_wise
+        self.jacobian = jacobian or self._jacobian
+        self._batched = True
         self.parameters: tuple[Tensor, ...] = ()
         self._stages: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._gradients: list[Tensor | None] = []
@@ -137,6 +155,55 @@ class AutogradField:
 
     def evaluate(self, t, y):
         return check_slope(self.f(t, y), y)
+
+    def _jacobian(self, t, y):
+        """Return the derivatives by a vector-Jacobian product for every component.
+
+        A time for every row says that rows are lanes; a single one that the whole
+        batch is one lane.
+        """
+        differentiable = torch.is_grad_enabled()
+        with torch.enable_grad():
+            t, y = (
+                x if differentiable and x.requires_grad else x.detach().requires_grad_()
+                for x in (t, y)
+            )
+            value = check_slope(self.f(t, y), y)
+            rows = value.flatten(1) if t.ndim else value.reshape(1, -1)
+            lanes, n = rows.shape
+            if not rows.requires_grad:  # f is constant
+                return y.new_zeros(lanes, n, n), y.new_zeros(lanes, n)
+            by_state, by_time = self._pull_units(rows, (y, t), differentiable)
+        by_state = by_state.reshape(n, lanes, n).transpose(0, 1)
+        return by_state, by_time.reshape(n, lanes).T
+
+    def _pull_units(self, rows: Tensor, inputs, differentiable: bool):
+        """Pull back the unit vectors; their number comes first in the results."""
+        lanes, n = rows.shape
+        units = torch.eye(n, dtype=rows.dtype, device=rows.device)
+        units = units[:, None, :].expand(n, lanes, n)
+        pull = partial(
+            torch.autograd.grad,
+            rows,
+            inputs,
+            retain_graph=True,
+            create_graph=differentiable,
+            allow_unused=True,
+        )
+        if self._batched:
+            try:
+                grads = pull(units, is_grads_batched=True)
+            except RuntimeError:
+                # f does something that has no rule for batches: from now on one by
+                # one, with the same result
+                self._batched = False
+        if not self._batched:
+            columns = zip(*map(pull, units), strict=True)
+            grads = [None if x[0] is None else torch.stack(x) for x in columns]
+        return [
+            x.new_zeros(n, *x.shape) if grad is None else grad
+            for x, grad in zip(inputs, grads, strict=True)
+        ]
 
     def linearize(self, stage, t, y):
         with torch.enable_grad():
@@ -237,6 +304,15 @@ class FieldView:
         """Return the slopes."""
         return self.field.evaluate(*self._inputs(t, y)).reshape(y.shape)
 
+    def jacobian(self, t, y):
+        """Return the derivatives by state and time, those of all rows where coupled."""
+        by_state, by_time = self.field.jacobian(*self._inputs(t, y))
+        if len(by_state) != len(y):
+            # rows that do not depend on each other, in one lane
+            by_state = torch.block_diag(*by_state)[None]
+            by_time = None if by_time is None else by_time.reshape(1, -1)
+        return by_state, by_time
+
     def discover(self, t, y):
         """Return the slopes; learn the parameters of a field that has to be probed."""
         value = self.field.discover(*self._inputs(t, y)).reshape(y.shape)
@@ -270,11 +346,12 @@ def bind(
     row_wise: bool = False,
 ) -> BoundField:
     """Wrap f for a solve: by its closed form if it has one that applies."""
-    field = None
-    if closed_form and hasattr(f, "closed_form"):
-        field = f.closed_form(state)
+    field = f.closed_form(state) if hasattr(f, "closed_form") else None
     if field is None:
         field = AutogradField(f, row_wise)
+    elif not closed_form:
+        # everything by differentiable operations
+        field = AutogradField(f, row_wise, getattr(f, "jacobian", None))
     elif not shared and len(state) == 1:
         return field  # its layout is the solver's
     return FieldView(field, batch, state, shared)

@@ -77,6 +77,43 @@ def test_from_linears_shares_the_layers(bias, extra, y0):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("time_dependent", [False, True])
+@pytest.mark.parametrize("hidden", [(8,), (5, 6, 7)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_jacobian_equals_autograd(activation, time_dependent, hidden, bias, y0):
+    torch.manual_seed(0)
+    field = MLPField(3, hidden, activation, time_dependent).double()
+    if not bias:
+        for layer in field.layers:
+            layer.bias = None
+    t = torch.linspace(0, 1, len(y0), dtype=torch.float64)[:, None]
+    by_state, by_time = field.jacobian(t, y0)
+    for i in range(0, len(y0), 6):
+        expected = torch.autograd.functional.jacobian(field, (t[i], y0[i]))
+        torch.testing.assert_close(by_state[i], expected[1], rtol=1e-12, atol=1e-13)
+        if time_dependent:
+            torch.testing.assert_close(by_time[i], expected[0][:, 0])
+    assert (by_time is None) == (not time_dependent)
+    with torch.no_grad():
+        plain, _ = field.jacobian(t, y0)
+    assert not plain.requires_grad
+    torch.testing.assert_close(plain, by_state.detach(), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "silu", "softplus"])
+def test_jacobian_is_differentiable(activation, y0):
+    torch.manual_seed(0)
+    field = MLPField(3, (5, 6), activation, time_dependent=True).double()
+    t = torch.full((2, 1), 0.3, dtype=torch.float64, requires_grad=True)
+
+    def jacobian(t, y, *parameters):
+        return field.jacobian(t, y)
+
+    inputs = (t, y0[:2].clone().requires_grad_(), *field.parameters())
+    assert torch.autograd.gradcheck(jacobian, inputs)
+
+
 def test_another_forward_is_respected(y0):
     class Twice(MLPField):
         def forward(self, t, y):
