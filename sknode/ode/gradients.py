@@ -138,7 +138,7 @@ class _Sweep:
         self.grad_times = None
         if need_times:
             shape = (self.trace.n_padded, grad.shape[1])
-            self.grad_times = times.new_zeros(shape)
+            self.grad_times = times.new_zeros(shape, device=grad.device)
 
     def _step(self, record: StepRecord, lam: Tensor) -> Tensor:
         """Return the cotangent of the step's start from that of its end."""
@@ -211,7 +211,8 @@ class _Sweep:
             slopes = torch.where(self._tensor(self.trace.at_start), slopes, 0.0)
             slopes[:, 0] = -slopes[:, 1:].sum(1)
             total = total + slopes.to(total.dtype)
-        return total if self.times.ndim == 2 else total.sum(0)
+        total = total if self.times.ndim == 2 else total.sum(0)
+        return total.to(self.times.device)
 
 
 class _RungeKuttaSweep(_Sweep):
@@ -337,12 +338,12 @@ class _TapedSweep(_Sweep):
         ends = [
             self._tensor(t).requires_grad_(need_times) for t in (record.t, record.t1)
         ]
-        at, values, cotangents = None, [], [lam]
+        at, cotangents = None, [lam]
         if record.outputs is not None:
             lanes, columns, _ = record.outputs
             rows = self._rows(record)[lanes]
-            at = _rows_of(self.times, len(self.grad))[rows, columns]
-            at = at.detach().requires_grad_(need_times)
+            grid = _rows_of(self.times.detach().to(rows.device), len(self.grad))
+            at = grid[rows, columns].requires_grad_(need_times)
             cotangents.append(self.grad[rows, columns])
         with torch.enable_grad():
             values = _take_again(self.run, self.field, record, y, *ends, at)
@@ -403,6 +404,7 @@ def replay(run: Run, field: BoundField, y0: Tensor, times: Tensor) -> Tensor:
     """
     run.forward(y0.detach(), record=True)
     trace, n_lanes, device = run.trace, len(y0), y0.device
+    times = times.to(device)
     y = torch.cat([y0, y0.new_zeros(trace.n_padded - n_lanes, y0.shape[1])])
     # zero, but with a gradient
     shift = (times - times.detach()).expand(n_lanes, -1)
