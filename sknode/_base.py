@@ -27,10 +27,13 @@ __all__ = ["SHARED_CONSTRAINTS", "BaseODEEstimator"]
 # block, so that it makes no difference to the result.
 CHUNK = 4096
 
+# Methods that can be trained through.
+SOLVERS = {name for name in METHODS if "discrete" in get_method(name).gradients}
+
 SHARED_CONSTRAINTS = {
     "hidden_layer_sizes": ["array-like", Interval(Integral, 1, None, closed="left")],
     "activation": [StrOptions(set(ACTIVATIONS))],
-    "solver": [StrOptions(set(METHODS))],
+    "solver": [StrOptions(SOLVERS)],
     "rtol": [Interval(Real, 0, None, closed="neither")],
     "atol": [Interval(Real, 0, None, closed="left")],
     "max_steps": [Interval(Integral, 1, None, closed="left")],

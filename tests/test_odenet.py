@@ -27,7 +27,8 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from sknode import ODENetClassifier
-from sknode.ode import METHODS, SolverError, SolverWarning
+from sknode.ode import SolverError, SolverWarning
+from sknode.ode.tableaus import METHODS
 
 SHORT = {"max_iter": 8, "random_state": 0}
 

@@ -65,10 +65,10 @@ def solve_ode(
         Output times, ascending or descending; the first is that of ``y0``. One grid for
         all samples, or a row for every sample (rows may end at different times: repeat
         the last time).
-    method : {"dopri5", "tsit5", "bosh3", "dopri8", "heun", "rk4", "midpoint", \
-            "euler"}, default="dopri5"
-        The Runge-Kutta method. The last three have no error estimate and need a
-        ``step_size``.
+    method : {"dopri5", "tsit5", "bosh3", "dopri8", "heun", "adams", "rk4", \
+            "midpoint", "euler"}, default="dopri5"
+        The method: Runge-Kutta, or Adams of variable order. The last three have no
+        error estimate and need a ``step_size``.
     rtol, atol : float, default=1e-6
         Relative and absolute tolerance of a step's error: ``atol + rtol * |y|``, in
         root mean square over the sample's state.
@@ -90,7 +90,7 @@ def solve_ode(
     step_size : float, optional
         Take constant steps of this length, without error control.
     controller : {"I", "PID"} or StepController, default="I"
-        Step-size controller.
+        Step-size controller; "adams" has its own.
     row_wise : bool, default=False
         Whether a row of ``f`` depends on the same row of ``y`` alone and ``f`` holds no
         tensor with an entry per sample. Samples that are done then leave the batch, and
@@ -128,6 +128,8 @@ def solve_ode(
     NeurIPS 2018.
     Hairer, Norsett & Wanner, "Solving Ordinary Differential Equations I", 2nd edition,
     Springer 1993.
+    Shampine & Gordon, "Computer Solution of Ordinary Differential Equations: The
+    Initial Value Problem", Freeman 1975.
 
     Examples
     --------

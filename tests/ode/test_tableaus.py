@@ -8,8 +8,7 @@ import pytest
 import scipy.integrate
 import torch
 
-from sknode.ode import METHODS
-from sknode.ode.tableaus import get_tableau
+from sknode.ode.tableaus import METHODS, get_tableau
 
 ADAPTIVE = [m for m in METHODS if get_tableau(m).adaptive]
 # order of the embedded solutions, one for every error estimate
