@@ -134,15 +134,15 @@ class AdamsStepper(Stepper):
         time = to_device(t1, y)[:, None] if self.field.uses_time else None
         state = self._predict(y)
         slope = self.field.evaluate(time, state)
-        self._gap = slope - self._rows[1][0]
-        self._y1 = y1 = torch.addcmul(state, self._corrector, self._gap)
+        self._difference = slope - self._rows[1][0]
+        self._y1 = y1 = torch.addcmul(state, self._corrector, self._difference)
         self._estimate(y, y1)
         if (self._accept & (self._length > 0)).any():
             second = self.field.evaluate(time, y1)
             # where only the predicted state has a slope, this one serves
             finite = torch.isfinite(second).all(1, keepdim=True)
             slope, first = torch.where(finite, second, slope), slope
-            self._gap = slope - self._rows[1][0]
+            self._difference = slope - self._rows[1][0]
             self._change = (slope - first).mul_(self._corrector)
         self._slope = slope
         return y1, slope
@@ -206,7 +206,7 @@ class AdamsStepper(Stepper):
         """Estimate the errors of the orders k + 1, k, k - 1 and k - 2."""
         options, length = self.options, self._length
         errors = self._next_phi.flatten(0, 1).index_select(0, self._place.flatten())
-        errors = errors.view(4, *y.shape).add_(self._gap)
+        errors = errors.view(4, *y.shape).add_(self._difference)
         with np.errstate(all="ignore"):
             norms = length * scaled_norms(
                 errors, y, y1, options.rtol, options.atol, options.norm
@@ -225,12 +225,12 @@ class AdamsStepper(Stepper):
         if not moved.any():
             return
         end = self._top + 2
-        self._next_phi[:end] += self._gap
+        self._next_phi[:end] += self._difference
         if moved.all():
             self._phi, self._next_phi = self._next_phi, self._phi
             self._rows.reverse()
         else:
-            mask = torch.from_numpy(moved).to(self._gap.device)[:, None]
+            mask = torch.from_numpy(moved).to(self._difference.device)[:, None]
             self._phi[:end] = torch.where(mask, self._next_phi[:end], self._phi[:end])
         same = np.abs(self._length - self._lengths[0]) <= 1e-6 * self._length
         self._equal = np.where(moved, np.where(same, self._equal, 0) + 1, self._equal)
@@ -277,7 +277,8 @@ class AdamsStepper(Stepper):
         """
         higher, error, lower, lowest = self._errors
         k = self._order
-        down = np.maximum(k * lower, (k - 1) * lowest) <= (k + 1) * error
+        with np.errstate(invalid="ignore"):  # order zero has no lower error
+            down = np.maximum(k * lower, (k - 1) * lowest) <= (k + 1) * error
         down = np.where(k > 2, down, (k == 2) & (lower <= 0.5 * error))
         starting = self._starting & moved & ~down & (k < MAX_ORDER)
         sure = moved & (self._known >= k) & (self._equal > k) & ~starting
@@ -297,14 +298,14 @@ class AdamsStepper(Stepper):
         above = torch.cat([torch.zeros_like(psi[:1]), psi[:-1]])
         back = place * length
         integrals = basis_integrals(moments, back / psi, (back + above) / psi)
-        d, total = self._gap[lanes], 0.0
+        d, total = self._difference[lanes], 0.0
         for j, (g, e) in enumerate(zip(integrals, self._rows[1], strict=False)):
             g = torch.where(j <= order, g, 0.0).to(theta.dtype)[:, None]
             total = total + g * (e[lanes] + d)
         x = (place.to(theta.dtype) * self._h[lanes, 0])[:, None]
         value = torch.addcmul(self._y1[lanes], x, total)
         # This polynomial starts at the state that a second correction would have asked
-        # for; a cubic closes the gap and leaves the slopes at both ends as they are.
+        # for; a cubic makes up for it and leaves the slopes at both ends as they are.
         cubic = (place**2 * (3 + 2 * place)).to(theta.dtype)[:, None]
         return torch.addcmul(value, cubic, self._change[lanes])
 

@@ -68,12 +68,13 @@ def solve_ode(
         all samples, or a row for every sample (rows may end at different times: repeat
         the last time).
     method : {"dopri5", "tsit5", "bosh3", "dopri8", "heun", "rk4", "midpoint", \
-            "euler", "rodas5p", "scipy_rk45", "scipy_rk23", "scipy_dop853", \
-            "scipy_radau", "scipy_bdf", "scipy_lsoda"}, default="dopri5"
+            "euler", "adams", "rodas5p", "scipy_rk45", "scipy_rk23", \
+            "scipy_dop853", "scipy_radau", "scipy_bdf", "scipy_lsoda"}, \
+            default="dopri5"
         The first eight are explicit Runge-Kutta methods; "rk4", "midpoint" and "euler"
-        have no error estimate and need a ``step_size``. "rodas5p" is for stiff
-        problems. Those of scipy run on the CPU, one sample after the other, and have
-        no discrete gradient.
+        have no error estimate and need a ``step_size``. "adams" has variable order,
+        "rodas5p" is for stiff problems. Those of scipy run on the CPU, one sample after
+        the other. "adams" and those of scipy have no discrete gradient.
     rtol, atol : float, default=1e-6
         Relative and absolute tolerance of a step's error: ``atol + rtol * |y|``, in
         root mean square over the sample's state.
@@ -95,7 +96,7 @@ def solve_ode(
     step_size : float, optional
         Take constant steps of this length, without error control.
     controller : {"I", "PID"} or StepController, default="I"
-        Step-size controller.
+        Step-size controller; "adams" has its own.
     row_wise : bool, default=False
         Whether a row of ``f`` depends on the same row of ``y`` alone and ``f`` holds no
         tensor with an entry per sample. Samples that are done then leave the batch, and
@@ -141,6 +142,8 @@ def solve_ode(
     Steinebach, "Construction of Rosenbrock-Wanner method Rodas5P and numerical
     benchmarks within the Julia Differential Equations package", BIT Numerical
     Mathematics 63 (2023), 27.
+    Shampine & Gordon, "Computer Solution of Ordinary Differential Equations: The
+    Initial Value Problem", Freeman 1975.
 
     Examples
     --------

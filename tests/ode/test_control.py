@@ -9,6 +9,7 @@ from sknode.ode import SolverWarning, Status, StepController, solve_ode
 from sknode.ode.tableaus import METHODS, get_tableau
 
 ADAPTIVE = [m for m in METHODS if get_tableau(m).adaptive]
+EVERY_ADAPTIVE = [*ADAPTIVE, "adams"]
 # what the lower orders can reach in a few thousand steps
 TOLERANCES = {
     "heun": [1e-3, 1e-4, 1e-5, 1e-6],
@@ -16,6 +17,7 @@ TOLERANCES = {
     "dopri5": [1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9],
     "tsit5": [1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9],
     "dopri8": [1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9],
+    "adams": [1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9, 1e-10, 1e-11],
 }
 
 
@@ -87,7 +89,7 @@ def endpoint(f, y0, method, tol):
     return tensor(result.y[:, -1]), result.nfev
 
 
-@pytest.mark.parametrize("method", ADAPTIVE)
+@pytest.mark.parametrize("method", EVERY_ADAPTIVE)
 def test_global_error_is_proportional_to_the_tolerance(method, swirl):
     t, errors = swirl.times([0, swirl.length]), []
     for tol in TOLERANCES[method]:
@@ -220,22 +222,27 @@ def test_first_step_lies_inside_the_interval(length, y0, step_control, recorder)
     assert solution.y[0, -1, 0] == pytest.approx(y0 * np.exp(-1), rel=1e-5)
 
 
+@pytest.mark.parametrize("method", ["dopri5", "adams"])
 @pytest.mark.parametrize("slope", [0.0, 1e-30, 1e30])
-def test_first_step_copes_with_extreme_slopes(slope):
+def test_first_step_copes_with_extreme_slopes(slope, method):
     solution = solve_ode(
-        lambda t, y: torch.full_like(y, slope), tensor([[1.0]]), [0.0, 1.0]
+        lambda t, y: torch.full_like(y, slope),
+        tensor([[1.0]]),
+        [0.0, 1.0],
+        method=method,
     )
     assert solution.success
     assert solution.y[0, -1, 0] == pytest.approx(1.0 + slope)
 
 
+@pytest.mark.parametrize("method", ["dopri5", "adams"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_lengths_of_intervals_may_differ_by_many_orders(dtype):
+def test_lengths_of_intervals_may_differ_by_many_orders(dtype, method):
     ends = tensor([1e-9, 1e-3, 1.0, 1e3, 1e9])
     t = torch.stack([torch.zeros(5, dtype=torch.float64), ends], 1)
     rate = (1 / ends).to(dtype)[:, None]
     y0 = torch.ones(5, 1, dtype=dtype)
-    solution = solve_ode(lambda t, y: -rate * y, y0, t, rtol=2e-6)
+    solution = solve_ode(lambda t, y: -rate * y, y0, t, rtol=2e-6, method=method)
     expected = torch.full((5, 1), np.exp(-1), dtype=dtype)
     torch.testing.assert_close(solution.y[:, -1], expected, rtol=5e-6, atol=0)
     assert torch.equal(solution.t_reached.double(), ends)
@@ -255,10 +262,12 @@ def test_first_step_beyond_the_end_is_cut(recorder):
     assert solution.stats["n_steps"].item() == 1
 
 
-def test_step_below_min_step_fails_readably():
+# a method that starts at order one has to start with short steps
+@pytest.mark.parametrize(("method", "enough"), [("dopri5", 1e-5), ("adams", 1e-7)])
+def test_step_below_min_step_fails_readably(method, enough):
     y0 = tensor([[1.0]])
-    settings = {"rtol": 1e-9, "atol": 1e-9}
-    fine = solve_ode(lambda t, y: -100 * y, y0, [0.0, 1.0], min_step=1e-5, **settings)
+    settings = {"rtol": 1e-9, "atol": 1e-9, "method": method}
+    fine = solve_ode(lambda t, y: -100 * y, y0, [0.0, 1.0], min_step=enough, **settings)
     assert fine.success
     with pytest.warns(SolverWarning, match="min_step"):
         solution = solve_ode(
@@ -274,9 +283,11 @@ def test_min_step_does_not_keep_the_last_step_from_being_short():
     assert solution.t_reached.item() == 1e-3
 
 
+@pytest.mark.parametrize("method", ["dopri5", "adams"])
 @pytest.mark.parametrize("step_control", ["per_sample", "shared"])
-def test_max_steps_is_a_status(step_control):
+def test_max_steps_is_a_status(step_control, method):
     settings = {"step_control": step_control, "rtol": 1e-8, "atol": 1e-8}
+    settings["method"] = method
     needed = solve_ode(decay, tensor([[1.0]]), [0.0, 5.0], **settings)
     n = needed.stats["n_steps"].item()
     exactly = solve_ode(decay, tensor([[1.0]]), [0.0, 5.0], max_steps=n, **settings)
@@ -470,11 +481,13 @@ class TestCounts:
         assert set(stats) == {"n_steps", "n_accepted", "n_rejected", "n_f_evals"}
         assert (stats["n_steps"] == stats["n_accepted"] + stats["n_rejected"]).all()
 
-    def test_every_sample_counts_its_own(self, riccati):
+    @pytest.mark.parametrize("method", EVERY_ADAPTIVE)
+    def test_every_sample_counts_its_own(self, method, riccati):
         y0 = tensor([[1e-3], [1.0], [100.0], [0.0]])
-        together = solve_ode(riccati(), y0, [0.0, 2.0]).stats
+        together = solve_ode(riccati(), y0, [0.0, 2.0], method=method).stats
         for i in range(4):
-            alone = solve_ode(riccati(), y0[i : i + 1], [0.0, 2.0]).stats
+            alone = solve_ode(riccati(), y0[i : i + 1], [0.0, 2.0], method=method)
+            alone = alone.stats
             for name in together:
                 assert together[name][i] == alone[name][0], name
 

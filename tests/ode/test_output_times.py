@@ -4,10 +4,10 @@ import pytest
 import torch
 import torchdiffeq
 
-from sknode.ode import solve_ode
-from sknode.ode.tableaus import METHODS, get_tableau
+from sknode.ode import METHODS, solve_ode
+from sknode.ode.methods import get_method
 
-ADAPTIVE = [m for m in METHODS if get_tableau(m).adaptive]
+ADAPTIVE = [m for m in METHODS if get_method(m).adaptive]
 
 
 def tensor(values):
@@ -25,7 +25,7 @@ def y0(random):
 
 
 def settings_for(method):
-    return {} if get_tableau(method).adaptive else {"step_size": 0.13}
+    return {} if get_method(method).adaptive else {"step_size": 0.13}
 
 
 @pytest.mark.parametrize("method", METHODS)
