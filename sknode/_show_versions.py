@@ -66,8 +66,9 @@ def _kernels() -> dict[str, str]:
 
     from sknode.ode import kernels
 
+    without = f"no ({kernels.why_not}): torch does their work"
     return {
-        "built": "yes" if kernels.available() else "no, torch does the work",
+        "available": "yes" if kernels.available() else without,
         "usable instruction sets": ", ".join(kernels.instruction_sets()) or "none",
         "in use": kernels.chosen(),
         "torch threads": str(torch.get_num_threads()),

@@ -16,8 +16,9 @@ ${CXX:-g++} -std=c++17 -O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all 
     -o "$copy/sknode/ode/kernels/_native.abi3.so"
 cd "$copy"
 # Python and torch keep memory until the end: leaks cannot be told from that. A child
-# made by fork inherits memory that the sanitizer's threads may hold locks of.
+# made by fork inherits memory that the sanitizer's threads may hold locks of. Reports
+# go to stderr itself, which pytest must leave alone.
 ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=1 \
     LD_PRELOAD="$(${CXX:-g++} -print-file-name=libasan.so) $(${CXX:-g++} -print-file-name=libubsan.so)" \
-    python -m pytest -q -p no:cacheprovider tests/ode/kernels \
+    python -m pytest -q --capture=sys -p no:cacheprovider tests/ode/kernels \
     --deselect tests/ode/kernels/test_processes.py::test_a_forked_child_solves_too "$@"
