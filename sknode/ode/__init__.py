@@ -14,14 +14,19 @@ from sknode.ode.methods import METHODS
 from sknode.ode.solution import Solution, SolverError, SolverWarning, Status
 from sknode.ode.solve import solve_ode
 from sknode.ode.tableaus import Tableau
+from sknode.ode.torchdiffeq import OdeintError, odeint, odeint_adjoint, odeint_event
 
 __all__ = [
     "METHODS",
+    "OdeintError",
     "Solution",
     "SolverError",
     "SolverWarning",
     "Status",
     "StepController",
     "Tableau",
+    "odeint",
+    "odeint_adjoint",
+    "odeint_event",
     "solve_ode",
 ]

@@ -127,11 +127,14 @@ class _Sweep:
         self.coefficients = self.tableau.tensors(grad.dtype, grad.device)
         self.grad = grad  # (lanes, n_times, n)
         self.times = times
+        self.tied = run.stops is not None and run.stops.tied
+        self.open_steps = run.options.open_steps
         # one row per lane, summed at the end where lanes share their times
         self.grad_times = None
         self._buffers: dict[tuple[int, int], tuple[StageBuffer, ...]] = {}
         if need_times:
-            shape = (self.trace.n_padded, grad.shape[1])
+            # a column an output time, and one for what moves with none of them
+            shape = (self.trace.n_padded, grad.shape[1] + 1)
             self.grad_times = times.new_zeros(shape)
 
     def reverse(self) -> tuple[Tensor, Tensor | None]:
@@ -143,6 +146,9 @@ class _Sweep:
             extra = self.trace.n_padded - n_lanes
             lam = torch.cat([lam, lam.new_zeros(extra, lam.shape[1])])
         for record in reversed(self.trace.records):
+            if self.tied and not record.arrived[0]:
+                columns = tied_outputs(record, self.trace)
+                lam = lam + self.grad[:, columns].sum(1)
             if record.rows is None:
                 lam = self._step(record, lam)
             else:
@@ -191,7 +197,8 @@ class _Sweep:
             weighted = coefficients.dense @ outputs[1:].flatten(1)
             weighted = weighted.view(n, *y.shape)
         k, states, kappa, stack = self._memory(n, y)
-        times = StageTimes(field, self.tableau, record.t, record.t1, y)
+        ends = record.t, record.t1
+        times = StageTimes(field, self.tableau, *ends, y, self.open_steps)
 
         flat = y.view(-1)
         states.rows[0].copy_(y)
@@ -254,7 +261,7 @@ class _Sweep:
             # theta = (t_out - start) / (end - start)
             by_start = by_start.index_add(0, lanes, (theta - 1) * moved)
             by_end = by_end.index_add(0, lanes, -theta * moved)
-        columns = step_ends(record, self.trace, self.grad.shape[1])
+        columns = step_ends(record, self.trace, self.grad.shape[1], self.tied)
         for column, value in zip(columns, (by_start, by_end), strict=True):
             value = torch.where(still, 0.0, value).to(dtype)
             at = (rows, self._tensor(column))
@@ -273,7 +280,7 @@ class _Sweep:
     def _times_gradient(self, n_lanes: int) -> Tensor | None:
         if self.grad_times is None:
             return None
-        total = self.grad_times[:n_lanes]
+        total = self.grad_times[:n_lanes, :-1]
         if total.shape[1] > 1:
             # the first time once more, before any step, still has a slope
             slopes = _dot(self.grad, self.trace.k0[:, None, :])
@@ -283,20 +290,32 @@ class _Sweep:
         return total if self.times.ndim == 2 else total.sum(0)
 
 
-def step_ends(record: StepRecord, trace: Trace, n_times: int):
+def step_ends(record: StepRecord, trace: Trace, n_times: int, tied: bool):
     """Return the output times with which the start and the end of a step move.
 
     The start moves with t0. The end does so too, with the step size kept, unless it is
     the end of the interval. Where steps run between output times, both move with those.
+    Stops that are no output times move with none of them, which is the number
+    ``n_times`` here, and neither do the steps after one.
     """
     last = n_times - 1
     if record.start_stop is None:
         return np.zeros(len(record.t), np.int64), np.where(record.arrived, last, 0)
-    # under shared control: all lanes have the same times
+    if not tied:
+        start = np.where(record.start_stop > 0, n_times, 0)
+        end = np.where(record.end_stop > 0, n_times, 0)
+        return start, np.where(record.arrived, last, end)
+    # a single lane
     first_stop = trace.at_start[0].sum()
     start = np.where(record.start_stop > 0, first_stop + record.start_stop - 1, 0)
     end = np.where(record.arrived, last, first_stop + record.end_stop - 1)
     return start, end
+
+
+def tied_outputs(record: StepRecord, trace: Trace) -> slice:
+    """Return the output times that are the end of a step, where stops are tied."""
+    before = trace.at_start[0].sum() - 1
+    return slice(before + record.start_stop[0] + 1, before + record.end_stop[0] + 1)
 
 
 def replay(run: Run, field: BoundField, y0: Tensor, times: Tensor) -> Tensor:
@@ -320,14 +339,16 @@ def replay(run: Run, field: BoundField, y0: Tensor, times: Tensor) -> Tensor:
     # zero, but with a gradient
     shift = (times - times.detach()).expand(n_lanes, -1)
     extra = times.new_zeros(trace.n_padded - n_lanes, times.shape[-1])
-    shift = torch.cat([shift, extra])
+    # the last column is for what moves with none of the times
+    shift = torch.nn.functional.pad(torch.cat([shift, extra]), (0, 1))
+    tied = run.stops is not None and run.stops.tied
     coefficients = tableau.tensors(y.dtype, device)
     outputs = []
     for record in trace.records:
         rows = record.rows
         if rows is None:
             rows = torch.arange(len(record.y), device=device)
-        ends = step_ends(record, trace, times.shape[-1])
+        ends = step_ends(record, trace, times.shape[-1], tied)
         start_column, end_column = (torch.from_numpy(x).to(device) for x in ends)
         t = torch.from_numpy(record.t).to(times) + shift[rows, start_column]
         t1 = torch.from_numpy(record.t1).to(times) + shift[rows, end_column]
@@ -335,10 +356,14 @@ def replay(run: Run, field: BoundField, y0: Tensor, times: Tensor) -> Tensor:
         change = (length - length.detach()).to(real_dtype(y.dtype))[:, None]
         h = record.h + torch.where(record.h != 0, change, torch.zeros_like(change))
         start = y[rows]
-        k = _stages(field, tableau, t, t1, h, start, record.outputs is not None)
+        at = t, t1, h, start
+        k = _stages(field, run.options, *at, record.outputs is not None)
         weights = coefficients.a[tableau.n_stages - 1]
         end = start + torch.einsum("s,sln->ln", weights, torch.stack(k[: len(weights)]))
         y = y.index_copy(0, rows, end)
+        if tied and not record.arrived[0]:
+            columns = torch.arange(times.shape[-1])[tied_outputs(record, trace)]
+            outputs.append((rows, columns.to(device), end))
         if record.outputs is not None:
             lanes, columns, theta = record.outputs
             grid = times.expand(n_lanes, -1) if times.ndim == 1 else times
@@ -355,8 +380,12 @@ def replay(run: Run, field: BoundField, y0: Tensor, times: Tensor) -> Tensor:
     return _assemble(trace, y0, y[:n_lanes], times, outputs)
 
 
-def _stages(field, tableau, t, t1, h, y, extended: bool) -> list[Tensor]:
+def _stages(field, options, t, t1, h, y, extended: bool) -> list[Tensor]:
     """Return the scaled slopes of a step, differentiable."""
+    tableau = options.tableau
+    if options.open_steps:
+        ends = t.detach().cpu().numpy(), t1.detach().cpu().numpy()
+        inside = StageTimes(field, tableau, *ends, y, inside=True)
     coefficients = tableau.tensors(y.dtype, y.device)
     n = tableau.n_stages_extended if extended else tableau.n_stages - 1
     k: list[Tensor] = []
@@ -366,7 +395,10 @@ def _stages(field, tableau, t, t1, h, y, extended: bool) -> list[Tensor]:
             stage = y + torch.einsum("s,sln->ln", coefficients.a[i], torch.stack(k))
         c = coefficients.c[i]
         time = t1 if c == 1.0 else t + c * (t1 - t)
-        k.append(field.evaluate(time.to(h.dtype)[:, None], stage) * h)
+        time = time.to(h.dtype)[:, None]
+        if options.open_steps:
+            time = inside[i] + (time - time.detach())
+        k.append(field.evaluate(time, stage) * h)
     return k
 
 

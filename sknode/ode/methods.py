@@ -54,14 +54,16 @@ METHODS = tuple(_METHODS)
 """Names of the methods that `solve_ode` takes."""
 
 
-def get_method(name: str) -> Method:
-    """Return a method by name.
+def get_method(name: str | Method) -> Method:
+    """Return a method by name; a `Method` is returned as it is.
 
     Raises
     ------
     ValueError
         If the name is unknown; the message lists the known ones.
     """
+    if isinstance(name, Method):
+        return name
     if name not in _METHODS:
         raise ValueError(
             f"method must be one of {', '.join(METHODS)}. Got {name!r} instead."

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sknode.ode.control import real_dtype
+from sknode.ode.control import just_inside, real_dtype
 from sknode.ode.stepper import Stepper
 from sknode.ode.tableaus import Tableau
 
@@ -38,7 +38,8 @@ class ExplicitStepper(Stepper):
         if buffer is None or buffer.lanes != y.shape[0]:
             reuse = self.field.reusable
             buffer = self._buffer = StageBuffer(self.tableau.n_stages, y, reuse)
-        self._times = StageTimes(self.field, self.tableau, t, t1, y)
+        inside = self.options.open_steps
+        self._times = StageTimes(self.field, self.tableau, t, t1, y, inside)
         self._h, self._y, self._extended = h, y, None
         return self._step(h, y, k, buffer)
 
@@ -145,9 +146,19 @@ class StageTimes:
         Start and end of the step.
     like : Tensor
         For dtype and device.
+    inside : bool
+        Whether the ends of the step are replaced by the times next to them in it.
     """
 
-    def __init__(self, field, tableau: Tableau, t: np.ndarray, t1: np.ndarray, like):
+    def __init__(
+        self,
+        field,
+        tableau: Tableau,
+        t: np.ndarray,
+        t1: np.ndarray,
+        like: Tensor,
+        inside: bool = False,
+    ):
         self._values = None
         if not field.uses_time:
             return
@@ -156,6 +167,9 @@ class StageTimes:
         # exactly the ends, and never beyond them
         times = np.clip(times, np.minimum(t, t1), np.maximum(t, t1))
         times = np.where(c == 1.0, t1, times)
+        if inside:
+            first, last = just_inside(t, t1, like.dtype), just_inside(t1, t, like.dtype)
+            times = np.clip(times, np.minimum(first, last), np.maximum(first, last))
         dtype = real_dtype(like.dtype)
         tensor = torch.from_numpy(times).to(like.device, dtype, non_blocking=True)
         self._values = tensor[:, :, None].unbind(0)

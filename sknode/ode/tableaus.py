@@ -178,6 +178,23 @@ def _heun():
     )
 
 
+def _fehlberg2():
+    """Fehlberg, NASA Technical Report R-315 (1969): order 2 with Euler's embedded."""
+    return _make(
+        "fehlberg2",
+        2,
+        [[1 / 2], [1 / 256, 255 / 256]],
+        [1 / 512, 255 / 256, 1 / 512],
+        embedded=[1 / 256, 255 / 256, 0.0, 0.0],
+        error_order=2,
+    )
+
+
+def _heun3():
+    """Heun, Z. Math. Phys. 45 (1900), 23-38."""
+    return _make("heun3", 3, [[1 / 3], [0.0, 2 / 3]], [1 / 4, 0.0, 3 / 4])
+
+
 def _rk4():
     # Kutta's 3/8 rule, as torchdiffeq's "rk4": a little more accurate than the
     # classical one at the same four evaluations.
@@ -363,6 +380,8 @@ _BUILDERS = {
     "euler": _euler,
     "midpoint": _midpoint,
     "heun": _heun,
+    "heun3": _heun3,
+    "fehlberg2": _fehlberg2,
     "rk4": _rk4,
     "bosh3": _bosh3,
     "dopri5": _dopri5,
