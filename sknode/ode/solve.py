@@ -205,6 +205,9 @@ def solve(
     if needs_grad and field.probed:
         start = times.detach()[..., :1].expand(len(flat), 1)
         start = start.to(flat.device, real_dtype(flat.dtype))
+        if options.open_steps:
+            towards = times.detach()[..., -1:].to(start).expand_as(start)
+            start = torch.nextafter(start, towards)
         run.k0 = field.discover(start, flat.detach())
     needs_grad = needs_grad and any(
         x.requires_grad for x in (flat, times, *field.parameters)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sknode.ode import dop853
 
-__all__ = ["METHODS", "Tableau", "get_tableau"]
+__all__ = ["FURTHER", "METHODS", "Tableau", "get_tableau"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -380,8 +380,6 @@ _BUILDERS = {
     "euler": _euler,
     "midpoint": _midpoint,
     "heun": _heun,
-    "heun3": _heun3,
-    "fehlberg2": _fehlberg2,
     "rk4": _rk4,
     "bosh3": _bosh3,
     "dopri5": _dopri5,
@@ -390,6 +388,11 @@ _BUILDERS = {
 }
 
 METHODS = tuple(_BUILDERS)
+
+# Methods that torchdiffeq has, with better ones of the same order above.
+_BUILDERS |= {"heun3": _heun3, "fehlberg2": _fehlberg2}
+
+FURTHER = tuple(_BUILDERS)[len(METHODS) :]
 
 
 @cache

@@ -75,22 +75,36 @@ class AdamsSteps:
         for old in self.phi[: len(beta) - 1]:
             phi.append(phi[-1] - old)
         self.times = [start, *self.times][: self.max_order - 1]
-        order = len(phi)
         self.phi = [b * p for b, p in zip(beta, phi, strict=True)]
-        if order < MIN_ORDER:
+        if len(phi) < MIN_ORDER:
             return self._runge_kutta(t0, t1, y, slope)
-        g = self._weights(start, end, order + 1)
-        increment = _sum(g, self.phi) * h
+        g = self._weights(start, end, len(phi) + 1)
+        order = self._order(g)
+        increment = _sum(g[:order], self.phi) * h
         if not self.implicit:
             return y + increment
-        return self._correct(t1, t0, y, increment, g[-1] * h)
+        expected = sum(self.phi[:order])
+        return self._correct(t1, t0, y + increment, expected, g[order] * h)
 
-    def _correct(self, t1, t0, y, increment, weight) -> Tensor:
+    def _order(self, g) -> int:
+        """Return how many terms to take: up to the smallest.
+
+        Terms grow again where they are mostly rounding, or where a method of this
+        order is not stable.
+        """
+        n = len(self.phi)
+        if n == MIN_ORDER:
+            return n
+        with torch.no_grad():
+            sizes = torch.stack(self.phi).abs().amax(1).tolist()
+        terms = [abs(float(w)) * s for w, s in zip(g, sizes, strict=False)]
+        return min(range(MIN_ORDER - 1, n), key=lambda j: (terms[j], -j)) + 1
+
+    def _correct(self, t1, t0, predicted, expected, weight) -> Tensor:
         """Solve the implicit equation by iteration."""
         problem = self.problem
-        predicted, expected = y + increment, sum(self.phi)
         state = predicted
-        rounding = 4 * torch.finfo(y.dtype).eps
+        rounding = 4 * torch.finfo(predicted.dtype).eps
         for _ in range(self.max_iters):
             slope = self._slope(t1, state, towards=t0)
             before, state = state, predicted + weight * (slope - expected)

@@ -42,7 +42,8 @@ class FixedGridStepper(ExplicitStepper):
         for i in range(1, last):
             slope = self.field.evaluate(times[i], buffer.combine(flat, i, a[i]))
             torch.mul(slope, h, out=rows[i])
-        y1 = torch.addmv(flat, buffer.columns[last], a[last]).view(y.shape)
+        # the increment first: adding its parts to y would round as often
+        y1 = torch.mv(buffer.columns[last], a[last]).add_(flat).view(y.shape)
         rows[last].zero_()
         self._y1 = y1
         return y1, k1

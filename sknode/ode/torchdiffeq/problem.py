@@ -20,7 +20,9 @@ from torch import Tensor
 
 from sknode.ode.control import real_dtype
 from sknode.ode.methods import METHODS, Method, get_method
+from sknode.ode.runge_kutta import ExplicitStepper
 from sknode.ode.solution import SolverError
+from sknode.ode.tableaus import FURTHER, get_tableau
 
 __all__ = [
     "ALIASES",
@@ -206,7 +208,7 @@ def family_of(method: str) -> str:
     ValueError
         If there is no such method; the message lists all.
     """
-    known = dict.fromkeys((*METHODS, *ALIASES, *ADAMS, *SCIPY))
+    known = dict.fromkeys((*METHODS, *FURTHER, *ALIASES, *ADAMS, *SCIPY))
     if method not in known:
         names = ", ".join(map(repr, known))
         raise ValueError(f"method must be one of {names}. Got {method!r} instead.")
@@ -214,8 +216,17 @@ def family_of(method: str) -> str:
         return "scipy"
     if method in ADAMS:
         return "adams"
-    fixed = method in FIXED or not get_method(ALIASES.get(method, method)).adaptive
+    fixed = method in FIXED or not core_method(method).adaptive
     return "fixed" if fixed else "adaptive"
+
+
+def core_method(name: str) -> Method:
+    """Return a Runge-Kutta method, or another one of the solver, by name."""
+    name = ALIASES.get(name, name)
+    if name not in FURTHER:
+        return get_method(name)
+    tableau = get_tableau(name)
+    return Method(name, tableau.adaptive, ExplicitStepper, tableau)
 
 
 @dataclass
@@ -286,7 +297,7 @@ class Problem:
     @property
     def core_method(self) -> Method:
         """The method as the solver knows it."""
-        return get_method(ALIASES.get(self.method, self.method))
+        return core_method(self.method)
 
     @property
     def field(self) -> FlatField:
