@@ -131,6 +131,7 @@ class _Sweep:
         self.open_steps = run.options.open_steps
         # one row per lane, summed at the end where lanes share their times
         self.grad_times = None
+        self._need_times = need_times
         self._buffers: dict[tuple[int, int], tuple[StageBuffer, ...]] = {}
         if need_times:
             # a column an output time, and one for what moves with none of them
@@ -145,14 +146,17 @@ class _Sweep:
         if self.trace.n_padded > n_lanes:
             extra = self.trace.n_padded - n_lanes
             lam = torch.cat([lam, lam.new_zeros(extra, lam.shape[1])])
+        # a field without a pullback of its own is reversed by torch: for a step at
+        # once this takes fewer calls than stage by stage
+        step = self._step_on_tape if self.field.probed else self._step
         for record in reversed(self.trace.records):
             if self.tied and not record.arrived[0]:
                 columns = tied_outputs(record, self.trace)
                 lam = lam + self.grad[:, columns].sum(1)
             if record.rows is None:
-                lam = self._step(record, lam)
+                lam = step(record, lam)
             else:
-                moved = self._step(record, lam[record.rows])
+                moved = step(record, lam[record.rows])
                 lam = lam.index_copy(0, record.rows, moved)
         if self.grad.shape[1] == 2 and self.trace.moving.all():
             lam = lam[:n_lanes] + self.grad[:, 0]
@@ -229,6 +233,43 @@ class _Sweep:
             self._add_times(record, k.values, by_length, by_start, by_end)
         lam = stack.values.sum(0)
         return lam if weighted is None else lam.add_(outputs[0])
+
+    def _step_on_tape(self, record: StepRecord, lam: Tensor) -> Tensor:
+        """Do what `_step` does with one pass of torch's autograd."""
+        field, tableau, need_times = self.field, self.tableau, self._need_times
+        extended = record.outputs is not None
+        n = tableau.n_stages_extended if extended else tableau.n_stages - 1
+        ends = record.t, record.t1
+        exact = StageTimes(field, tableau, *ends, record.y, self.open_steps)
+        times = [exact[i].detach().requires_grad_(need_times) for i in range(n)]
+        y = record.y.detach().requires_grad_()
+        h = record.h.detach().requires_grad_(need_times)
+        with torch.enable_grad():
+            k = taped_stages(field, self.coefficients, times, h, y)
+            last = tableau.n_stages - 1
+            results, cotangents = (
+                [combine(y, k[:last], self.coefficients.a[last])],
+                [lam],
+            )
+            if extended:
+                lanes, columns, theta = record.outputs
+                results.append(taped_outputs(self.coefficients, y, k, lanes, theta))
+                cotangents.append(self.grad[self._rows(record)[lanes], columns])
+        inputs = [y, *([h, *times] if need_times else []), *field.parameters]
+        grads = torch.autograd.grad(
+            results, inputs, cotangents, allow_unused=True, retain_graph=True
+        )
+        field.accumulate(grads[len(inputs) - len(field.parameters) :])
+        if need_times:
+            by_length = torch.zeros_like(h) if grads[1] is None else grads[1] * h
+            by_start, by_end = 0.0, 0.0
+            for c, grad in zip(self.coefficients.c, grads[2 : 2 + n], strict=False):
+                if grad is not None:
+                    by_start = by_start + (1 - c) * grad.reshape(-1)
+                    by_end = by_end + c * grad.reshape(-1)
+            values = torch.stack([x.detach() for x in k])
+            self._add_times(record, values, by_length[:, 0].detach(), by_start, by_end)
+        return grads[0]
 
     def _outputs_cotangent(self, record: StepRecord) -> Tensor:
         """Gather the cotangents of a step's outputs by the power of theta."""
@@ -359,7 +400,7 @@ def replay(run: Run, field: BoundField, y0: Tensor, times: Tensor) -> Tensor:
         at = t, t1, h, start
         k = _stages(field, run.options, *at, record.outputs is not None)
         weights = coefficients.a[tableau.n_stages - 1]
-        end = start + torch.einsum("s,sln->ln", weights, torch.stack(k[: len(weights)]))
+        end = combine(start, k[: len(weights)], weights)
         y = y.index_copy(0, rows, end)
         if tied and not record.arrived[0]:
             columns = torch.arange(times.shape[-1])[tied_outputs(record, trace)]
@@ -369,13 +410,7 @@ def replay(run: Run, field: BoundField, y0: Tensor, times: Tensor) -> Tensor:
             grid = times.expand(n_lanes, -1) if times.ndim == 1 else times
             exact = (grid[rows[lanes], columns] - t[lanes]) / length[lanes]
             theta = theta + (exact - exact.detach()).to(theta.dtype)
-            degree = coefficients.dense.shape[1]
-            x = torch.stack([theta ** (i + 1) for i in range(degree)], 1)
-            values = start[lanes] + torch.einsum(
-                "ms,smn->mn",
-                x.to(y.dtype) @ coefficients.dense.t(),
-                torch.stack(k)[:, lanes],
-            )
+            values = taped_outputs(coefficients, start, k, lanes, theta)
             outputs.append((rows[lanes], columns, values))
     return _assemble(trace, y0, y[:n_lanes], times, outputs)
 
@@ -388,18 +423,38 @@ def _stages(field, options, t, t1, h, y, extended: bool) -> list[Tensor]:
         inside = StageTimes(field, tableau, *ends, y, inside=True)
     coefficients = tableau.tensors(y.dtype, y.device)
     n = tableau.n_stages_extended if extended else tableau.n_stages - 1
-    k: list[Tensor] = []
-    for i in range(n):
-        stage = y
-        if i:
-            stage = y + torch.einsum("s,sln->ln", coefficients.a[i], torch.stack(k))
-        c = coefficients.c[i]
+    times = []
+    for i, c in enumerate(coefficients.c[:n]):
         time = t1 if c == 1.0 else t + c * (t1 - t)
         time = time.to(h.dtype)[:, None]
         if options.open_steps:
             time = inside[i] + (time - time.detach())
-        k.append(field.evaluate(time, stage) * h)
+        times.append(time)
+    return taped_stages(field, coefficients, times, h, y)
+
+
+def taped_stages(field, coefficients, times, h: Tensor, y: Tensor) -> list[Tensor]:
+    """Return the scaled slopes of a step at these stage times, on autograd's tape."""
+    k: list[Tensor] = []
+    for time, weights in zip(times, coefficients.a, strict=False):
+        k.append(field.evaluate(time, combine(y, k, weights)) * h)
     return k
+
+
+def combine(y: Tensor, k: list[Tensor], weights: Tensor) -> Tensor:
+    """Return ``y + sum_i weights_i k_i``, differentiable."""
+    if not k:
+        return y
+    columns = torch.stack(k).view(len(k), -1).t()
+    return torch.addmv(y.reshape(-1), columns, weights).view(y.shape)
+
+
+def taped_outputs(coefficients, y: Tensor, k, lanes: Tensor, theta: Tensor) -> Tensor:
+    """Return states inside a step, differentiable also by their place in it."""
+    degree = coefficients.dense.shape[1]
+    x = torch.stack([theta ** (i + 1) for i in range(degree)], 1)
+    weights = x.to(y.dtype) @ coefficients.dense.t()
+    return y[lanes] + torch.einsum("ms,smn->mn", weights, torch.stack(k)[:, lanes])
 
 
 def _assemble(trace: Trace, y0, y, times, outputs) -> Tensor:

@@ -162,11 +162,15 @@ class AutogradField:
         if time:
             grad_t = torch.zeros_like(t) if grads[1] is None else grads[1]
             grad_t = grad_t.flatten() if grad_t.ndim else grad_t
-        for i, grad in enumerate(grads[1 + time :]):
+        self.accumulate(grads[1 + time :])
+        return grad_t
+
+    def accumulate(self, grads):
+        """Add to the gradients of the parameters; None adds nothing."""
+        for i, grad in enumerate(grads):
             if grad is not None:
                 total = self._gradients[i]
                 self._gradients[i] = grad if total is None else total + grad
-        return grad_t
 
     def begin_reverse(self):
         self._gradients = [None] * len(self.parameters)
@@ -254,6 +258,10 @@ class FieldView:
             stage, cotangent.view(shape), time, out.view(shape)
         )
         return None if grad_t is None else grad_t.reshape(-1)
+
+    def accumulate(self, grads):
+        """Add to the gradients of the parameters of a field that has to be probed."""
+        self.field.accumulate(grads)
 
     def flush(self, states, cotangents):
         """Finish a reverse step."""
