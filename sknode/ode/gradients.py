@@ -64,7 +64,8 @@ class Run:
         with torch.no_grad():
             self.field.prepare()
             grid = Grid.from_times(self.times, self.stops)
-            self.trace = integrate(
+            loop = self.options.loop or integrate
+            self.trace = loop(
                 self.field, y0, grid, self.options, k0=self.k0, record=record
             )
         return self.trace.y

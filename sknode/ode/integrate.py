@@ -102,6 +102,7 @@ class Options:
     monitor: Monitor | None = None
     watch: Watch | None = None
     make_stepper: Callable[[Any, Options], Stepper] | None = None
+    loop: Callable[..., Trace] | None = None  # to be used instead of `integrate`
 
     @property
     def plain(self) -> bool:

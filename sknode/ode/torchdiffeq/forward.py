@@ -19,6 +19,7 @@ from sknode.ode.torchdiffeq.fixed_grid import (
     grid_times,
     interpolate,
     on_grid,
+    walk,
 )
 from sknode.ode.torchdiffeq.problem import Monitor, OdeintError, Problem
 
@@ -90,6 +91,7 @@ def numerics(problem: Problem) -> dict[str, Any]:
             "method": on_grid(tableau, options.get("interp", "linear")),
             "step_size": UNLIMITED if step_size is None else float(step_size),
             "open_steps": bool(options.get("perturb", False)),
+            "loop": walk,
         }
     min_step = float(options.get("min_step", 0.0))
     max_step = float(options.get("max_step", math.inf))

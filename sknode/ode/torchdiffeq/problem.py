@@ -160,6 +160,9 @@ class FlatField(torch.nn.Module):
         """Return the slope in the dtype of y, as a row."""
         layout = self.layout
         slope = self.func(t, layout.restore(y[0]))
+        if isinstance(slope, Tensor) and slope.dtype == y.dtype:
+            if slope.shape == layout.shapes[0] and not layout.is_tuple:
+                return slope.reshape(y.shape)  # the usual case, in a hurry
         parts = slope if layout.is_tuple else (slope,)
         self._check(parts)
         flat = layout.flatten(parts if layout.is_tuple else slope)
