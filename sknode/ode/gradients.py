@@ -37,7 +37,12 @@ from sknode.ode import kernels
 from sknode.ode.control import real_dtype
 from sknode.ode.integrate import Grid, Options, StepRecord, Stops, Trace, integrate
 from sknode.ode.runge_kutta import StageBuffer, StageTimes, powers
+from sknode.ode.tape import Tape, combine, taped_outputs, taped_stages
 from sknode.ode.vector_field import BoundField
+
+# Steps that are reversed by autograd together: how many, and how many numbers.
+LONGEST_TAPE = 16
+TAPE_NUMBERS = 100_000
 
 __all__ = ["Run", "discrete_adjoint", "replay"]
 
@@ -147,18 +152,10 @@ class _Sweep:
         if self.trace.n_padded > n_lanes:
             extra = self.trace.n_padded - n_lanes
             lam = torch.cat([lam, lam.new_zeros(extra, lam.shape[1])])
-        # a field without a pullback of its own is reversed by torch: for a step at
-        # once this takes fewer calls than stage by stage
-        step = self._step_on_tape if self.field.probed else self._step
-        for record in reversed(self.trace.records):
-            if self.tied and not record.arrived[0]:
-                columns = tied_outputs(record, self.trace)
-                lam = lam + self.grad[:, columns].sum(1)
-            if record.rows is None:
-                lam = step(record, lam)
-            else:
-                moved = step(record, lam[record.rows])
-                lam = lam.index_copy(0, record.rows, moved)
+        for records in self._groups():
+            rows = records[0].rows
+            moved = self._back(records, lam if rows is None else lam[rows])
+            lam = moved if rows is None else lam.index_copy(0, rows, moved)
         if self.grad.shape[1] == 2 and self.trace.moving.all():
             lam = lam[:n_lanes] + self.grad[:, 0]
         else:
@@ -235,42 +232,48 @@ class _Sweep:
         lam = stack.values.sum(0)
         return lam if weighted is None else lam.add_(outputs[0])
 
-    def _step_on_tape(self, record: StepRecord, lam: Tensor) -> Tensor:
-        """Do what `_step` does with one pass of torch's autograd."""
-        field, tableau, need_times = self.field, self.tableau, self._need_times
-        extended = record.outputs is not None
-        n = tableau.n_stages_extended if extended else tableau.n_stages - 1
-        ends = record.t, record.t1
-        exact = StageTimes(field, tableau, *ends, record.y, self.open_steps)
-        times = [exact[i].detach().requires_grad_(need_times) for i in range(n)]
-        y = record.y.detach().requires_grad_()
-        h = record.h.detach().requires_grad_(need_times)
-        with torch.enable_grad():
-            k = taped_stages(field, self.coefficients, times, h, y)
-            last = tableau.n_stages - 1
-            results, cotangents = (
-                [combine(y, k[:last], self.coefficients.a[last])],
-                [lam],
-            )
-            if extended:
+    def _groups(self):
+        """Yield the steps to go back over together, the last ones first."""
+        records, most = self.trace.records, 1
+        if self.field.probed and records:
+            # torch reverses such fields: the fewer calls the better, as long as the
+            # states of some steps take no memory to speak of
+            numbers = records[0].y.numel() * self.tableau.n_stages
+            most = max(1, min(LONGEST_TAPE, TAPE_NUMBERS // numbers))
+        end = len(records)
+        while end:
+            start = end - 1
+            if records[start].rows is None:
+                while start and end - start < most and records[start - 1].rows is None:
+                    start -= 1
+            yield records[start:end]
+            end = start
+
+    def _back(self, records: list[StepRecord], lam: Tensor) -> Tensor:
+        """Return the cotangent of the start of steps from that of their end."""
+        if not self.field.probed:
+            (record,) = records
+            return self._step(record, lam + self._at_end_of(record))
+        tape = Tape(self.field, self.tableau, self._need_times, self.open_steps)
+        tape.start(records[0].y)
+        for record in records:
+            tape.step(record)
+            if record.outputs is not None:
                 lanes, columns, theta = record.outputs
-                results.append(taped_outputs(self.coefficients, y, k, lanes, theta))
-                cotangents.append(self.grad[self._rows(record)[lanes], columns])
-        inputs = [y, *([h, *times] if need_times else []), *field.parameters]
-        grads = torch.autograd.grad(
-            results, inputs, cotangents, allow_unused=True, retain_graph=True
-        )
-        field.accumulate(grads[len(inputs) - len(field.parameters) :])
-        if need_times:
-            by_length = torch.zeros_like(h) if grads[1] is None else grads[1] * h
-            by_start, by_end = 0.0, 0.0
-            for c, grad in zip(self.coefficients.c, grads[2 : 2 + n], strict=False):
-                if grad is not None:
-                    by_start = by_start + (1 - c) * grad.reshape(-1)
-                    by_end = by_end + c * grad.reshape(-1)
-            values = torch.stack([x.detach() for x in k])
-            self._add_times(record, values, by_length[:, 0].detach(), by_start, by_end)
-        return grads[0]
+                cotangent = self.grad[self._rows(record)[lanes], columns]
+                tape.outputs(lanes, theta, cotangent)
+            tape.state(self._at_end_of(record))
+        lam = tape.reverse(lam)
+        if self._need_times:
+            for record, moved in zip(records, tape.moved_times(), strict=True):
+                self._add_times(record, *moved)
+        return lam
+
+    def _at_end_of(self, record: StepRecord) -> Tensor | float:
+        """Return the cotangent of the outputs that are the end of a step."""
+        if not self.tied or record.arrived[0]:
+            return 0.0
+        return self.grad[:, tied_outputs(record, self.trace)].sum(1)
 
     def _outputs_cotangent(self, record: StepRecord) -> Tensor:
         """Gather the cotangents of a step's outputs by the power of theta."""
@@ -432,30 +435,6 @@ def _stages(field, options, t, t1, h, y, extended: bool) -> list[Tensor]:
             time = inside[i] + (time - time.detach())
         times.append(time)
     return taped_stages(field, coefficients, times, h, y)
-
-
-def taped_stages(field, coefficients, times, h: Tensor, y: Tensor) -> list[Tensor]:
-    """Return the scaled slopes of a step at these stage times, on autograd's tape."""
-    k: list[Tensor] = []
-    for time, weights in zip(times, coefficients.a, strict=False):
-        k.append(field.evaluate(time, combine(y, k, weights)) * h)
-    return k
-
-
-def combine(y: Tensor, k: list[Tensor], weights: Tensor) -> Tensor:
-    """Return ``y + sum_i weights_i k_i``, differentiable."""
-    if not k:
-        return y
-    columns = torch.stack(k).view(len(k), -1).t()
-    return torch.addmv(y.reshape(-1), columns, weights).view(y.shape)
-
-
-def taped_outputs(coefficients, y: Tensor, k, lanes: Tensor, theta: Tensor) -> Tensor:
-    """Return states inside a step, differentiable also by their place in it."""
-    degree = coefficients.dense.shape[1]
-    x = torch.stack([theta ** (i + 1) for i in range(degree)], 1)
-    weights = x.to(y.dtype) @ coefficients.dense.t()
-    return y[lanes] + torch.einsum("ms,smn->mn", weights, torch.stack(k)[:, lanes])
 
 
 def _assemble(trace: Trace, y0, y, times, outputs) -> Tensor:
