@@ -403,7 +403,7 @@ def replay(run: Run, field: BoundField, y0: Tensor, times: Tensor) -> Tensor:
         start = y[rows]
         at = t, t1, h, start
         k = _stages(field, run.options, *at, record.outputs is not None)
-        weights = coefficients.a[tableau.n_stages - 1]
+        weights = tableau.rows[tableau.n_stages - 1]
         end = combine(start, k[: len(weights)], weights)
         y = y.index_copy(0, rows, end)
         if tied and not record.arrived[0]:
@@ -434,7 +434,7 @@ def _stages(field, options, t, t1, h, y, extended: bool) -> list[Tensor]:
         if options.open_steps:
             time = inside[i] + (time - time.detach())
         times.append(time)
-    return taped_stages(field, coefficients, times, h, y)
+    return taped_stages(field, tableau, times, h, y)
 
 
 def _assemble(trace: Trace, y0, y, times, outputs) -> Tensor:

@@ -13,7 +13,7 @@ slope, and it lets one loop and one cubic Hermite interpolant serve all of them.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -73,6 +73,11 @@ class Tableau:
     def n_stages_extended(self) -> int:
         """Stages of a step whose inside is looked at."""
         return len(self.a)
+
+    @cached_property
+    def rows(self) -> list[tuple[float, ...]]:
+        """The coefficients of each stage as numbers."""
+        return [tuple(row[:i].tolist()) for i, row in enumerate(self.a)]
 
     @property
     def adaptive(self) -> bool:

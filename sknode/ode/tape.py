@@ -46,12 +46,14 @@ class Tape:
         n = last if record.outputs is None else tableau.n_stages_extended
         ends, y = (record.t, record.t1), self._y
         at = StageTimes(self.field, tableau, *ends, record.y, self.open_steps)
-        times = [at[i].detach().requires_grad_(need) for i in range(n)]
+        times = [at[i] for i in range(n)]
+        if need:
+            times = [time.detach().requires_grad_() for time in times]
         h = record.h.detach().requires_grad_(need)
         with torch.enable_grad():
-            k = taped_stages(self.field, self._coefficients, times, h, y)
+            k = taped_stages(self.field, tableau, times, h, y)
             self._before = y
-            self._y = combine(y, k[:last], self._coefficients.a[last])
+            self._y = combine(y, k[:last], tableau.rows[last])
         self._steps.append((h, times, k))
 
     def outputs(self, lanes: Tensor, theta: Tensor, cotangent: Tensor) -> None:
@@ -108,22 +110,20 @@ class Tape:
             yield slopes, by_length[:, 0].detach(), by_start, by_end
 
 
-def taped_stages(
-    field, coefficients: TableauTensors, times, h: Tensor, y: Tensor
-) -> list[Tensor]:
+def taped_stages(field, tableau: Tableau, times, h: Tensor, y: Tensor) -> list[Tensor]:
     """Return the scaled slopes of a step at these stage times."""
     k: list[Tensor] = []
-    for time, weights in zip(times, coefficients.a, strict=False):
+    for time, weights in zip(times, tableau.rows, strict=False):
         k.append(field.evaluate(time, combine(y, k, weights)) * h)
     return k
 
 
-def combine(y: Tensor, k: list[Tensor], weights: Tensor) -> Tensor:
-    """Return ``y + sum_i weights_i k_i``."""
-    if not k:
-        return y
-    columns = torch.stack(k).view(len(k), -1).t()
-    return torch.addmv(y.reshape(-1), columns, weights).view(y.shape)
+def combine(y: Tensor, k: list[Tensor], weights: tuple[float, ...]) -> Tensor:
+    """Return ``y + sum_i weights_i k_i``: on a tape, one by one is the quickest."""
+    for slope, weight in zip(k, weights, strict=True):
+        if weight:
+            y = torch.add(y, slope, alpha=weight)
+    return y
 
 
 def taped_outputs(

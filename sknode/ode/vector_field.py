@@ -128,7 +128,7 @@ class AutogradField:
         missing them would silently lose their gradient.
         """
         with torch.enable_grad():
-            value = check_slope(self.f(t.detach(), y.detach()), y)
+            value = self.evaluate(t.detach(), y.detach())
         found = {id(p): p for p in _leaves(value)}
         if isinstance(self.f, torch.nn.Module):
             found |= {id(p): p for p in self.f.parameters() if p.requires_grad}
@@ -143,7 +143,7 @@ class AutogradField:
             # y is memory of the solver's, which is written again before the pullback
             t = t.detach().requires_grad_()
             y = y.detach().clone().requires_grad_()
-            value = check_slope(self.f(t, y), y)
+            value = self.evaluate(t, y)
         self._stages[stage] = (t, y, value)
         return value.detach()
 
@@ -278,6 +278,8 @@ def bind(
     row_wise: bool = False,
 ) -> BoundField:
     """Wrap f for a solve: by its closed form if it has one that applies."""
+    if isinstance(f, AutogradField):
+        return f  # in the solver's layout already
     field = None
     if closed_form and hasattr(f, "closed_form"):
         field = f.closed_form(state)

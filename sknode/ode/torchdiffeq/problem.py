@@ -23,6 +23,7 @@ from sknode.ode.methods import METHODS, Method, get_method
 from sknode.ode.runge_kutta import ExplicitStepper
 from sknode.ode.solution import SolverError
 from sknode.ode.tableaus import FURTHER, get_tableau
+from sknode.ode.vector_field import AutogradField
 
 __all__ = [
     "ALIASES",
@@ -146,31 +147,43 @@ class Layout:
         return result
 
 
-class FlatField(torch.nn.Module):
+class LaneField(AutogradField):
     """A field of a user's states as one of (1, n) rows.
 
-    A module, so that the parameters of a field that is one are found, used or not.
+    Parameters
+    ----------
+    func : callable or torch.nn.Module
+        The user's field.
+    layout : Layout
+        Of its states.
     """
 
     def __init__(self, func, layout: Layout):
-        super().__init__()
-        self.func, self.layout = func, layout
+        super().__init__(func)
+        self.layout = layout
 
-    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         """Return the slope in the dtype of y, as a row."""
-        layout = self.layout
-        slope = self.func(t, layout.restore(y[0]))
-        if isinstance(slope, Tensor) and slope.dtype == y.dtype:
-            if slope.shape == layout.shapes[0] and not layout.is_tuple:
-                return slope.reshape(y.shape)  # the usual case, in a hurry
-        parts = slope if layout.is_tuple else (slope,)
+        layout, t = self.layout, t.view(())
+        if layout.is_tuple:
+            slope = self.f(t, layout.restore(y[0]))
+            parts = slope
+        else:
+            shape = layout.shapes[0]
+            slope = self.f(t, y.view(shape))
+            if isinstance(slope, Tensor) and slope.shape == shape:
+                slope = slope.reshape(y.shape)
+                return slope if slope.dtype == y.dtype else self._cast(slope, y)
+            parts = (slope,)
         self._check(parts)
-        flat = layout.flatten(parts if layout.is_tuple else slope)
-        if flat.dtype != y.dtype:
-            if flat.is_complex() and not y.is_complex():
-                raise TypeError(f"func must return the dtype of y, {y.dtype}.")
-            flat = flat.to(y.dtype)
-        return flat[None]
+        return self._cast(layout.flatten(parts)[None], y)
+
+    evaluate = __call__
+
+    def _cast(self, slope: Tensor, y: Tensor) -> Tensor:
+        if slope.is_complex() and not y.is_complex():
+            raise TypeError(f"func must return the dtype of y, {y.dtype}.")
+        return slope.to(y.dtype)
 
     def _check(self, parts) -> None:
         """Raise unless the slope has the shape of the state."""
@@ -303,9 +316,9 @@ class Problem:
         return core_method(self.method)
 
     @property
-    def field(self) -> FlatField:
+    def field(self) -> LaneField:
         """The field on (1, n) rows."""
-        return FlatField(self.func, self.layout)
+        return LaneField(self.func, self.layout)
 
     @property
     def sign(self) -> float:
