@@ -14,7 +14,13 @@ from sknode.ode.methods import METHODS
 from sknode.ode.solution import Solution, SolverError, SolverWarning, Status
 from sknode.ode.solve import solve_ode
 from sknode.ode.tableaus import Tableau
-from sknode.ode.torchdiffeq import OdeintError, odeint, odeint_adjoint, odeint_event
+from sknode.ode.torchdiffeq import (
+    OdeintError,
+    odeint,
+    odeint_adjoint,
+    odeint_dense,
+    odeint_event,
+)
 
 __all__ = [
     "METHODS",
@@ -27,6 +33,7 @@ __all__ = [
     "Tableau",
     "odeint",
     "odeint_adjoint",
+    "odeint_dense",
     "odeint_event",
     "solve_ode",
 ]

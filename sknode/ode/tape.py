@@ -110,10 +110,17 @@ class Tape:
             yield slopes, by_length[:, 0].detach(), by_start, by_end
 
 
-def taped_stages(field, tableau: Tableau, times, h: Tensor, y: Tensor) -> list[Tensor]:
-    """Return the scaled slopes of a step at these stage times."""
-    k: list[Tensor] = []
-    for time, weights in zip(times, tableau.rows, strict=False):
+def taped_stages(
+    field,
+    tableau: Tableau,
+    times,
+    h: Tensor,
+    y: Tensor,
+    first: Tensor | None = None,
+) -> list[Tensor]:
+    """Return the scaled slopes of a step at these stage times; one may be known."""
+    k = [] if first is None else [first * h]
+    for time, weights in zip(times[len(k) :], tableau.rows[len(k) :], strict=False):
         k.append(field.evaluate(time, combine(y, k, weights)) * h)
     return k
 

@@ -6,6 +6,7 @@ page on what differs.
 
 from sknode.ode.torchdiffeq.adjoint import odeint_adjoint
 from sknode.ode.torchdiffeq.api import odeint, odeint_event
+from sknode.ode.torchdiffeq.dense import odeint_dense
 from sknode.ode.torchdiffeq.problem import OdeintError
 
-__all__ = ["OdeintError", "odeint", "odeint_adjoint", "odeint_event"]
+__all__ = ["OdeintError", "odeint", "odeint_adjoint", "odeint_dense", "odeint_event"]

@@ -29,10 +29,10 @@ import torch
 from torch import Tensor
 
 from sknode.ode.tableaus import get_tableau
-from sknode.ode.torchdiffeq.fixed_grid import grid_times, interpolate
+from sknode.ode.torchdiffeq.march import RungeKuttaSteps
 from sknode.ode.torchdiffeq.problem import Monitor, Problem, invalid
 
-__all__ = ["AdamsSteps", "integrate", "step_grid"]
+__all__ = ["AdamsSteps"]
 
 # Order from which on Adams takes over from Runge-Kutta, and the highest there is.
 MIN_ORDER, MAX_ORDER = 3, 12
@@ -56,7 +56,7 @@ class AdamsSteps:
         if not 1 <= self.max_order <= MAX_ORDER:
             raise invalid("max_order", f"between 1 and {MAX_ORDER}", self.max_order)
         self.max_iters = int(options.get("max_iters", 4))
-        self.perturb = bool(options.get("perturb", False))
+        self._start = RungeKuttaSteps(problem, get_tableau("rk4"))
         self.times: list[Tensor | float] = []  # the latest first
         self.phi: list[Tensor] = []  # phi*_j of the step before
         self.monitor = Monitor(problem)
@@ -97,7 +97,8 @@ class AdamsSteps:
             return n
         with torch.no_grad():
             sizes = torch.stack(self.phi).abs().amax(1).tolist()
-        terms = [abs(float(w)) * s for w, s in zip(g, sizes, strict=False)]
+        numbers = [float(torch.as_tensor(w).detach()) for w in g]
+        terms = [abs(w) * s for w, s in zip(numbers, sizes, strict=False)]
         return min(range(MIN_ORDER - 1, n), key=lambda j: (terms[j], -j)) + 1
 
     def _correct(self, t1, t0, predicted, expected, weight) -> Tensor:
@@ -140,59 +141,15 @@ class AdamsSteps:
             g.append(c[0])
         return g
 
-    def _slope(self, t: Tensor, y: Tensor, towards: Tensor) -> Tensor:
-        """Evaluate the field, just inside the step if this is wanted."""
-        dtype = y.abs().dtype
-        time = t.to(dtype)
-        if self.perturb:
-            inside = torch.nextafter(time.detach(), towards.detach().to(dtype))
-            time = inside + (time - time.detach())
-        return self.field(time, y[None])[0]
-
     def _runge_kutta(self, t0, t1, y, slope) -> Tensor:
         """Take a step of the fourth order, for the start."""
-        tableau, h = get_tableau("rk4"), t1 - t0
-        k = [slope]
-        for i in range(1, 4):
-            state = y + h * _sum(tableau.a[i, :i].tolist(), k)
-            last = tableau.c[i] == 1.0
-            time = t1 if last else t0 + float(tableau.c[i]) * h
-            if last:
-                k.append(self._slope(time, state, towards=t0))
-            else:
-                k.append(self.field(time.to(y.abs().dtype), state[None])[0])
-        return y + h * _sum(tableau.b[:4].tolist(), k)
+        return self._start.step(t0, t1, y, slope)
+
+    def _slope(self, t: Tensor, y: Tensor, towards: Tensor) -> Tensor:
+        """Evaluate the field, just inside the step if this is wanted."""
+        return self.field(self._start.time(t, towards), y[None])[0]
 
 
 def _sum(weights, values) -> Tensor:
     """Return a weighted sum; weights beyond the values count for nothing."""
     return sum(w * v for w, v in zip(weights, values, strict=False))
-
-
-def step_grid(problem: Problem) -> Tensor:
-    """Return the grid of a problem: its output times, or what its options say."""
-    grid = grid_times(problem)
-    step_size = problem.options.get("step_size")
-    if grid is not None or step_size is None:
-        return problem.t if grid is None else grid
-    t0, t1 = problem.t[0], problem.t[-1]
-    step = float(step_size)
-    # steps that divide the interval are that many, however their sum rounds
-    n = max(int(torch.ceil((t1 - t0).detach().abs().double() / step - 1e-6)), 1)
-    steps = torch.arange(n, dtype=problem.t.dtype, device=problem.t.device)
-    return torch.cat([t0 + problem.sign * step * steps, t1[None]])
-
-
-def integrate(problem: Problem) -> Tensor:
-    """Return the states at the output times, of shape (n_times, n)."""
-    t, y = problem.t, problem.y0
-    if len(t) == 1:
-        return y[None]
-    grid = step_grid(problem)
-    steps, states = AdamsSteps(problem), [y]
-    for t0, t1 in pairwise(grid.double()):
-        states.append(steps.step(t0, t1, states[-1]))
-    if grid is t:
-        return torch.stack(states)
-    states = torch.stack(states)
-    return torch.cat([states[:1], interpolate(problem, grid, states, t[1:])])

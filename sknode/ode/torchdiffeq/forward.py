@@ -10,17 +10,14 @@ import torch
 from torch import Tensor
 
 from sknode.ode.control import StepController, just_inside
+from sknode.ode.gradients import TAPE_NUMBERS
 from sknode.ode.integrate import Stops, Watch
 from sknode.ode.solution import Solution, Status
 from sknode.ode.solve import solve
-from sknode.ode.torchdiffeq import adams, scipy_solver
-from sknode.ode.torchdiffeq.fixed_grid import (
-    UNLIMITED,
-    grid_times,
-    interpolate,
-    on_grid,
-    walk,
-)
+from sknode.ode.torchdiffeq import scipy_solver
+from sknode.ode.torchdiffeq.adams import AdamsSteps
+from sknode.ode.torchdiffeq.fixed_grid import UNLIMITED, on_grid, walk
+from sknode.ode.torchdiffeq.march import RungeKuttaSteps, march, step_grid
 from sknode.ode.torchdiffeq.problem import Monitor, OdeintError, Problem
 
 __all__ = ["integrate", "numerics", "run", "stop_times"]
@@ -30,20 +27,37 @@ STEPS = 2**31 - 1
 
 def integrate(problem: Problem, gradient: str = "discrete") -> Tensor:
     """Return the states at the output times, of shape (n_times, n)."""
-    if problem.family == "adams":
-        return adams.integrate(problem)
     if problem.family == "scipy":
         return scipy_solver.integrate(problem)
-    t = problem.t
-    grid = grid_times(problem) if problem.family == "fixed" else None
+    if problem.family == "adaptive":
+        settings = numerics(problem) | {"stops": stop_times(problem)}
+        return run(problem, problem.t, gradient, **settings)
+    grid = step_grid(problem)
+    if problem.family == "adams":
+        return march(problem, grid, AdamsSteps(problem).step)
+    constructed = "grid_constructor" in problem.options
+    if _on_tape(problem, grid, gradient, constructed):
+        steps = RungeKuttaSteps(problem, problem.core_method.tableau)
+        return march(problem, grid, steps.step)
     settings = numerics(problem)
-    if grid is not None and torch.is_grad_enabled() and t.requires_grad:
-        # the grid is the user's function of t: let its points be outputs that move
-        settings["stops"] = _between(problem, grid, tied=True)
-        y = run(problem, grid, gradient, **settings)
-        return torch.cat([y[:1], interpolate(problem, grid, y, t[1:])])
-    settings["stops"] = stop_times(problem, grid)
-    return run(problem, t, gradient, **settings)
+    settings["stops"] = stop_times(problem, grid if constructed else None)
+    return run(problem, problem.t, gradient, **settings)
+
+
+def _on_tape(problem: Problem, grid: Tensor, gradient: str, constructed: bool) -> bool:
+    """Whether to leave the steps on a grid to autograd altogether.
+
+    Nothing is rejected there, so this is the same gradient; it is quicker where it
+    takes little memory. And only so can the user's grid be any function of ``t``.
+    """
+    if not torch.is_grad_enabled() or problem.callbacks:
+        return False
+    if constructed and problem.t.requires_grad:
+        return True
+    if problem.options.get("interp", "linear") == "cubic" and grid is not problem.t:
+        return False  # would evaluate the field twice at every output
+    numbers = len(grid) * problem.core_method.tableau.n_stages * problem.y0.numel()
+    return gradient == "backprop" or numbers <= TAPE_NUMBERS
 
 
 def run(problem: Problem, t: Tensor, gradient: str, **settings) -> Tensor:
