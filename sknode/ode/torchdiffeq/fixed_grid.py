@@ -151,29 +151,33 @@ class _Step:
         if field.uses_time:
             # all of them at once: a step then needs no transfer
             inside = options.open_steps
-            self._times = StageTimes(field, self.tableau, t, t1, like, inside)
+            times = StageTimes(field, self.tableau, t, t1, like, inside)
+            columns = [times[stage] for stage in range(self.tableau.n_stages)]
+            self._times = torch.cat(columns, 1)
         real = real_dtype(like.dtype)
+        self._at = [None] * self.tableau.n_stages
         self._h = torch.from_numpy(t1 - t).to(like.device, real)[:, None, None]
         self.n_evaluations = 0
 
-    def _evaluate(self, i: int, stage: int, y: Tensor) -> Tensor:
+    def _evaluate(self, stage: int, y: Tensor) -> Tensor:
         self.n_evaluations += 1
-        time = None if self._times is None else self._times[stage][i : i + 1]
-        return self.field.evaluate(time, y)
+        return self.field.evaluate(self._at[stage], y)
 
     def take(self, i: int, y: Tensor, slope: Tensor | None):
         """Take step i; return the state at its end and the slope at its start."""
         buffer, a, h = self._buffer, self.coefficients.a, self._h[i]
         last, flat = self.tableau.n_stages - 1, y.view(-1)
+        if self._times is not None:
+            self._at = self._times[i].unbind(0)
         if slope is None:
-            slope = self._evaluate(i, 0, y)
+            slope = self._evaluate(0, y)
         torch.mul(slope, h, out=buffer.rows[0])
         for stage in range(1, last):
             state = buffer.combine(flat, stage, a[stage])
-            torch.mul(self._evaluate(i, stage, state), h, out=buffer.rows[stage])
+            torch.mul(self._evaluate(stage, state), h, out=buffer.rows[stage])
         # the increment first: adding its parts to y would round as often
         y1 = torch.mv(buffer.columns[last], a[last]).add_(flat).view(y.shape)
-        self.h, self._i, self._y, self._y1, self._whole = h, i, y, y1, False
+        self.h, self._y, self._y1, self._whole = h, y, y1, False
         return y1, slope
 
     def outputs(self, columns: np.ndarray, times: np.ndarray, t, t1):
@@ -188,7 +192,7 @@ class _Step:
             last, self._whole = self.tableau.n_stages - 1, True
             row = self._buffer.rows[last]
             if self.tableau.dense[-1].any():
-                slope = self._evaluate(self._i, last, self._y1)
+                slope = self._evaluate(last, self._y1)
                 torch.mul(slope, self.h, out=row)
             else:
                 row.zero_()
