@@ -21,16 +21,28 @@ from sknode.ode.solution import (
 )
 from sknode.ode.solve import solve_ode
 from sknode.ode.tableaus import Tableau
+from sknode.ode.torchdiffeq import (
+    OdeintError,
+    odeint,
+    odeint_adjoint,
+    odeint_dense,
+    odeint_event,
+)
 
 __all__ = [
     "METHODS",
     "Event",
     "Occurrences",
+    "OdeintError",
     "Solution",
     "SolverError",
     "SolverWarning",
     "Status",
     "StepController",
     "Tableau",
+    "odeint",
+    "odeint_adjoint",
+    "odeint_dense",
+    "odeint_event",
     "solve_ode",
 ]

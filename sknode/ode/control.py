@@ -17,6 +17,7 @@ __all__ = [
     "StepController",
     "error_ratio",
     "initial_step",
+    "just_inside",
     "make_controller",
     "real_dtype",
     "rms_norm",
@@ -122,6 +123,12 @@ def make_controller(controller) -> StepController:
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of a state's magnitudes, and of its times."""
     return dtype.to_real() if dtype.is_complex else dtype
+
+
+def just_inside(t: np.ndarray, towards, dtype: torch.dtype) -> np.ndarray:
+    """Return the times next to t, as the states' dtype sees them."""
+    kind = torch.empty((), dtype=real_dtype(dtype)).numpy().dtype
+    return np.nextafter(np.asarray(t, kind), np.asarray(towards, kind))
 
 
 def _scale(size: Tensor, rtol: float | Tensor, atol: float | Tensor) -> Tensor:

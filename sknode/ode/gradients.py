@@ -29,7 +29,7 @@ differentiation, optimal control, and more", SIAM Review 58 (2016), 3-33.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,9 +40,14 @@ from torch.autograd.function import once_differentiable
 from sknode.ode import kernels
 from sknode.ode.integrate import Grid, Options, StepRecord, Stops, Trace, integrate
 from sknode.ode.runge_kutta import StageBuffer, StageTimes, powers
+from sknode.ode.tape import Tape
 from sknode.ode.vector_field import BoundField
 
 __all__ = ["Run", "discrete_adjoint", "replay"]
+
+# Steps that are reversed by autograd together: how many, and how many numbers.
+LONGEST_TAPE = 16
+TAPE_NUMBERS = 100_000
 
 
 @dataclass
@@ -68,10 +73,8 @@ class Run:
         with torch.no_grad():
             self.field.prepare()
             grid = Grid.from_times(self.times, self.stops)
-            if self.options.solver is not None:
-                self.trace = self.options.solver(self.field, y0, grid, self.options)
-                return self.trace.y
-            self.trace = integrate(
+            loop = self.options.loop or integrate
+            self.trace = loop(
                 self.field, y0, grid, self.options, k0=self.k0, record=record
             )
         return self.trace.y
@@ -134,10 +137,12 @@ class _Sweep:
         self.run, self.trace = run, run.trace
         self.grad = grad  # (lanes, n_times, n)
         self.times = times
+        self.tied = run.stops is not None and run.stops.tied
         # one row per lane, summed at the end where lanes share their times
         self.grad_times = None
         if need_times:
-            shape = (self.trace.n_padded, grad.shape[1])
+            # a column an output time, and one for what moves with none of them
+            shape = (self.trace.n_padded, grad.shape[1] + 1)
             self.grad_times = times.new_zeros(shape, device=grad.device)
 
     def _step(self, record: StepRecord, lam: Tensor) -> Tensor:
@@ -155,18 +160,32 @@ class _Sweep:
         if self.trace.n_padded > n_lanes:
             extra = self.trace.n_padded - n_lanes
             lam = torch.cat([lam, lam.new_zeros(extra, lam.shape[1])])
-        for record in reversed(self.trace.records):
-            if record.rows is None:
-                lam = self._step(record, lam)
-            else:
-                moved = self._step(record, lam[record.rows])
-                lam = lam.index_copy(0, record.rows, moved)
+        for records in self._groups():
+            rows = records[0].rows
+            moved = self._back(records, lam if rows is None else lam[rows])
+            lam = moved if rows is None else lam.index_copy(0, rows, moved)
         if self.grad.shape[1] == 2 and self.trace.moving.all():
             lam = lam[:n_lanes] + self.grad[:, 0]
         else:
             at_start = self._tensor(self.trace.at_start, self.grad.dtype)
             lam = lam[:n_lanes] + torch.einsum("ltn,lt->ln", self.grad, at_start)
         return lam, self._times_gradient(n_lanes)
+
+    def _groups(self) -> Iterator[list[StepRecord]]:
+        """Yield the steps to go back over together, the last ones first."""
+        for record in reversed(self.trace.records):
+            yield [record]
+
+    def _back(self, records: list[StepRecord], lam: Tensor) -> Tensor:
+        """Return the cotangent of the start of steps from that of their end."""
+        (record,) = records
+        return self._step(record, lam + self._at_end_of(record))
+
+    def _at_end_of(self, record: StepRecord) -> Tensor | float:
+        """Return the cotangent of the outputs that are the end of a step."""
+        if not self.tied or record.arrived[0]:
+            return 0.0
+        return self.grad[:, tied_outputs(record, self.trace)].sum(1)
 
     def _cotangent_at_end(self) -> Tensor:
         """Sum the cotangents of the outputs that hold a lane's last state."""
@@ -192,7 +211,7 @@ class _Sweep:
 
     def _add_times(self, record: StepRecord, by_start: Tensor, by_end: Tensor) -> None:
         """Add what the start and the end of a step contribute."""
-        columns = step_ends(record, self.trace, self.grad.shape[1])
+        columns = step_ends(record, self.trace, self.grad.shape[1], self.tied)
         for column, value in zip(columns, (by_start, by_end), strict=True):
             self._add(self._rows(record), self._tensor(column), value)
 
@@ -204,7 +223,7 @@ class _Sweep:
     def _times_gradient(self, n_lanes: int) -> Tensor | None:
         if self.grad_times is None:
             return None
-        total = self.grad_times[:n_lanes]
+        total = self.grad_times[:n_lanes, :-1]
         if total.shape[1] > 1:
             # the first time once more, before any step, still has a slope
             slopes = _dot(self.grad, self.trace.k0[:, None, :])
@@ -222,11 +241,47 @@ class _RungeKuttaSweep(_Sweep):
         super().__init__(run, times, grad, need_times)
         self.field, self.tableau = run.field, run.options.tableau
         self.coefficients = self.tableau.tensors(grad.dtype, grad.device)
+        self.open_steps = run.options.open_steps
         self._buffers: dict[tuple[int, int], tuple[StageBuffer, ...]] = {}
         self.field.begin_reverse()
 
     def parameter_gradients(self):
         return self.field.parameter_gradients()
+
+    def _groups(self):
+        records, most = self.trace.records, 1
+        if self.field.probed and records:
+            # torch reverses such fields: the fewer calls the better, as long as the
+            # states of some steps take no memory to speak of
+            numbers = records[0].y.numel() * self.tableau.n_stages
+            most = max(1, min(LONGEST_TAPE, TAPE_NUMBERS // numbers))
+        end = len(records)
+        while end:
+            start = end - 1
+            if records[start].rows is None:
+                while start and end - start < most and records[start - 1].rows is None:
+                    start -= 1
+            yield records[start:end]
+            end = start
+
+    def _back(self, records, lam):
+        if not self.field.probed:
+            return super()._back(records, lam)
+        need_times = self.grad_times is not None
+        tape = Tape(self.field, self.tableau, need_times, self.open_steps)
+        tape.start(records[0].y)
+        for record in records:
+            tape.step(record)
+            if record.outputs is not None:
+                lanes, columns, theta = record.outputs
+                cotangent = self.grad[self._rows(record)[lanes], columns]
+                tape.outputs(lanes, theta, cotangent)
+            tape.state(self._at_end_of(record))
+        lam = tape.reverse(lam)
+        if need_times:
+            for record, moved in zip(records, tape.moved_times(), strict=True):
+                self._reverse_times(record, *moved)
+        return lam
 
     def _memory(self, n: int, like: Tensor) -> tuple[StageBuffer, ...]:
         """Return buffers for stages, their states, and both kinds of cotangents."""
@@ -248,7 +303,8 @@ class _RungeKuttaSweep(_Sweep):
             weighted = coefficients.dense @ outputs[1:].flatten(1)
             weighted = weighted.view(n, *y.shape)
         k, states, kappa, stack = self._memory(n, y)
-        times = StageTimes(field, self.tableau, record.t, record.t1, y)
+        ends = record.t, record.t1
+        times = StageTimes(field, self.tableau, *ends, y, self.open_steps)
 
         flat = y.view(-1)
         states.rows[0].copy_(y)
@@ -372,20 +428,32 @@ class _TapedSweep(_Sweep):
         return grads[0]
 
 
-def step_ends(record: StepRecord, trace: Trace, n_times: int):
+def step_ends(record: StepRecord, trace: Trace, n_times: int, tied: bool):
     """Return the output times with which the start and the end of a step move.
 
     The start moves with t0. The end does so too, with the step size kept, unless it is
     the end of the interval. Where steps run between output times, both move with those.
+    Stops that are no output times move with none of them, which is the number
+    ``n_times`` here, and neither do the steps after one.
     """
     last = n_times - 1
     if record.start_stop is None:
         return np.zeros(len(record.t), np.int64), np.where(record.arrived, last, 0)
-    # under shared control: all lanes have the same times
+    if not tied:
+        start = np.where(record.start_stop > 0, n_times, 0)
+        end = np.where(record.end_stop > 0, n_times, 0)
+        return start, np.where(record.arrived, last, end)
+    # a single lane
     first_stop = trace.at_start[0].sum()
     start = np.where(record.start_stop > 0, first_stop + record.start_stop - 1, 0)
     end = np.where(record.arrived, last, first_stop + record.end_stop - 1)
     return start, end
+
+
+def tied_outputs(record: StepRecord, trace: Trace) -> slice:
+    """Return the output times that are the end of a step, where stops are tied."""
+    before = trace.at_start[0].sum() - 1
+    return slice(before + record.start_stop[0] + 1, before + record.end_stop[0] + 1)
 
 
 def replay(run: Run, field: BoundField, y0: Tensor, times: Tensor) -> Tensor:
@@ -409,13 +477,15 @@ def replay(run: Run, field: BoundField, y0: Tensor, times: Tensor) -> Tensor:
     # zero, but with a gradient
     shift = (times - times.detach()).expand(n_lanes, -1)
     extra = times.new_zeros(trace.n_padded - n_lanes, times.shape[-1])
-    shift = torch.cat([shift, extra])
+    # the last column is for what moves with none of the times
+    shift = torch.nn.functional.pad(torch.cat([shift, extra]), (0, 1))
+    tied = run.stops is not None and run.stops.tied
     outputs = []
     for record in trace.records:
         rows = record.rows
         if rows is None:
             rows = torch.arange(len(record.y), device=device)
-        ends = step_ends(record, trace, times.shape[-1])
+        ends = step_ends(record, trace, times.shape[-1], tied)
         start_column, end_column = (torch.from_numpy(x).to(device) for x in ends)
         t = torch.from_numpy(record.t).to(times) + shift[rows, start_column]
         t1 = torch.from_numpy(record.t1).to(times) + shift[rows, end_column]
@@ -425,7 +495,11 @@ def replay(run: Run, field: BoundField, y0: Tensor, times: Tensor) -> Tensor:
             at = _rows_of(times, n_lanes)[rows[lanes], columns]
         end, values = _take_again(run, field, record, y[rows], t, t1, at)
         y = y.index_copy(0, rows, end)
+        if tied and not record.arrived[0]:
+            columns = torch.arange(times.shape[-1])[tied_outputs(record, trace)]
+            outputs.append((rows, columns.to(device), end))
         if at is not None:
+            lanes, columns, _ = record.outputs
             outputs.append((rows[lanes], columns, values))
     return _assemble(trace, y0, y[:n_lanes], times, outputs)
 
@@ -471,7 +545,8 @@ def _take_again(
     change = (length - length.detach()).to(record.h.dtype)[:, None]
     h = record.h + torch.where(record.h != 0, change, torch.zeros_like(change))
     inside = at is not None
-    end, dense = run.trace.stepper.replay(field, t, t1, h, y, inside)
+    stepper = run.options.make_stepper(field, run.options)
+    end, dense = stepper.replay(field, t, t1, h, y, inside)
     if not inside:
         return end, None
     lanes, _, theta = record.outputs

@@ -23,7 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sknode.ode.control import StepController, initial_step, real_dtype
+from sknode.ode.control import (
+    StepController,
+    initial_step,
+    just_inside,
+    real_dtype,
+)
 from sknode.ode.solution import Status
 from sknode.ode.stepper import Stepper
 from sknode.ode.tableaus import Tableau
@@ -92,11 +97,12 @@ class Options:
     step_size: float | None = None  # a constant step, without error control
     max_step: float = np.inf
     force_min_step: bool = False  # accept steps that cannot be shortened
+    open_steps: bool = False  # fields jump at ends of steps: see times just inside
     norm: Callable[[Tensor], np.ndarray] | None = None  # (lanes, n) -> (lanes,)
     monitor: Monitor | None = None
     watch: Watch | None = None
     make_stepper: Callable[[Any, Options], Stepper] | None = None
-    solver: Callable[..., Trace] | None = None  # takes the place of `integrate`
+    loop: Callable[..., Trace] | None = None  # to be used instead of `integrate`
 
     @property
     def plain(self) -> bool:
@@ -105,6 +111,7 @@ class Options:
             self.tableau is not None
             and self.max_step == np.inf
             and not self.force_min_step
+            and not self.open_steps
             and self.norm is None
             and self.monitor is None
             and self.watch is None
@@ -126,7 +133,8 @@ class Stops:
         with the rows of all lanes, the range of stops that each has reached (empty for
         those that have not) and their ascending times; returns states and slopes.
     tied : bool
-        Whether the stops are the output times themselves, and move with them.
+        Whether the stops are the inner output times themselves, and move with them;
+        only for a single lane.
     """
 
     times: np.ndarray
@@ -216,8 +224,8 @@ class StepRecord:
     y: Tensor
     arrived: np.ndarray
     outputs: tuple[Tensor, Tensor, Tensor] | None
-    start_stop: np.ndarray | None = None  # stops reached before and after the step,
-    end_stop: np.ndarray | None = None  # where they are tied to output times
+    start_stop: np.ndarray | None = None  # stops reached before and after the step
+    end_stop: np.ndarray | None = None
 
 
 @dataclass
@@ -347,7 +355,7 @@ def integrate(
         # accept or reject: here the host waits for the device
         ratio, accept = stepper.judge(y, y1)
         if options.force_min_step:
-            accept |= length <= options.min_step
+            accept |= (length <= options.min_step) & np.isfinite(ratio)
         moved = accept & running
         n_moved = np.count_nonzero(moved)
         if options.monitor is not None:
@@ -362,7 +370,10 @@ def integrate(
         if n_times > 2:
             reached = _outputs_reached(grid, lanes.rows, t_new, lanes.next_output)
             counts = reached - lanes.next_output
-            if counts.any():
+            if counts.any() and stops is not None and stops.tied:
+                # one lane, whose step has ended at this time
+                outputs_y[:, lanes.next_output[0] : reached[0]] = y1[:, None]
+            elif counts.any():
                 outputs = _locate(grid, lanes, length, counts)
                 values = stepper.dense(outputs[0], outputs[2])
                 rows = to_device(lanes.rows, y)[outputs[0]]
@@ -372,7 +383,7 @@ def integrate(
         if record and n_moved:
             arrived = t1 == lanes.t_end
             entry = StepRecord(None, t * sign, t1 * sign, h, y, arrived, outputs)
-            if stops is not None and stops.tied:
+            if stops is not None:
                 entry.start_stop = lanes.next_stop
                 entry.end_stop = stops.count(lanes.rows, t1)
             rows = None if lanes is total else lanes.rows
@@ -529,7 +540,8 @@ def _start(
         return field.evaluate(time, y)
 
     if k0 is None:
-        k0 = evaluate(t, y0)
+        first = just_inside(t, t_end, y0.dtype) if options.open_steps else t
+        k0 = evaluate(first, y0)
     good = torch.isfinite(y0).all(1) & torch.isfinite(k0).all(1)
     status = np.zeros(n, dtype=np.int64)
     y, k, fine = y0, k0, good.cpu().numpy()

@@ -40,7 +40,7 @@ class Method:
         Whether it can take constant steps.
     complex_states : bool
         Whether states may be complex.
-    solver : callable or None
+    loop : callable or None
         What takes the place of `integrate`, for methods without stepper.
     """
 
@@ -51,7 +51,7 @@ class Method:
     gradients: tuple[str, ...] = GRADIENTS
     constant_steps: bool = True
     complex_states: bool = True
-    solver: Callable[..., Trace] | None = None
+    loop: Callable[..., Trace] | None = None
 
 
 def _explicit(name: str) -> Method:
@@ -67,7 +67,7 @@ def _of_scipy(name: str) -> Method:
         gradients=("continuous",),
         constant_steps=False,
         complex_states=name not in ("scipy_radau", "scipy_lsoda"),
-        solver=partial(solve_by_scipy, name),
+        loop=partial(solve_by_scipy, name),
     )
 
 
@@ -82,14 +82,16 @@ METHODS = tuple(_METHODS)
 """Names of the methods that `solve_ode` takes."""
 
 
-def get_method(name: str) -> Method:
-    """Return a method by name.
+def get_method(name: str | Method) -> Method:
+    """Return a method by name; a `Method` is returned as it is.
 
     Raises
     ------
     ValueError
         If the name is unknown; the message lists the known ones.
     """
+    if isinstance(name, Method):
+        return name
     if name not in _METHODS:
         raise ValueError(
             f"method must be one of {', '.join(METHODS)}. Got {name!r} instead."

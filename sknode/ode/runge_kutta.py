@@ -10,17 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sknode.ode.control import real_dtype
+from sknode.ode.control import just_inside, real_dtype
 from sknode.ode.stepper import Stepper
-from sknode.ode.tableaus import Tableau
+from sknode.ode.tableaus import Tableau, TableauTensors
 
 __all__ = [
     "ExplicitStepper",
     "StageBuffer",
     "StageTimes",
-    "dense_values",
+    "combine",
     "count_evaluations",
+    "dense_values",
     "powers",
+    "taped_outputs",
+    "taped_stages",
 ]
 
 
@@ -38,7 +41,8 @@ class ExplicitStepper(Stepper):
         if buffer is None or buffer.lanes != y.shape[0]:
             reuse = self.field.reusable
             buffer = self._buffer = StageBuffer(self.tableau.n_stages, y, reuse)
-        self._times = StageTimes(self.field, self.tableau, t, t1, y)
+        inside = self.options.open_steps
+        self._times = StageTimes(self.field, self.tableau, t, t1, y, inside)
         self._h, self._y, self._extended = h, y, None
         return self._step(h, y, k, buffer)
 
@@ -83,28 +87,22 @@ class ExplicitStepper(Stepper):
         return larger.values
 
     def replay(self, field, t, t1, h, y, inside):
-        tableau = self.tableau
+        tableau, open_steps = self.tableau, self.options.open_steps
         coefficients = tableau.tensors(y.dtype, y.device)
         n, last = tableau.n_stages_extended, tableau.n_stages - 1
-        k: list[Tensor] = []
-        for i in range(n if inside else last):
-            stage = y
-            if i:
-                stage = y + torch.einsum("s,sln->ln", coefficients.a[i], torch.stack(k))
-            c = coefficients.c[i]
-            time = t1 if c == 1.0 else t + c * (t1 - t)
-            k.append(field.evaluate(time.to(h.dtype)[:, None], stage) * h)
-        y1 = y + torch.einsum("s,sln->ln", coefficients.a[last], torch.stack(k[:last]))
+        if open_steps:
+            ends = t.detach().cpu().numpy(), t1.detach().cpu().numpy()
+            exact = StageTimes(field, tableau, *ends, y, inside=True)
+        times = []
+        for i, c in enumerate(coefficients.c[: n if inside else last]):
+            time = (t1 if c == 1.0 else t + c * (t1 - t)).to(h.dtype)[:, None]
+            times.append(exact[i] + (time - time.detach()) if open_steps else time)
+        k = taped_stages(field, tableau, times, h, y)
 
         def dense(lanes, theta):
-            degrees = range(1, coefficients.dense.shape[1] + 1)
-            x = torch.stack([theta**i for i in degrees], 1).to(y.dtype)
-            weights = x @ coefficients.dense.t()
-            return y[lanes] + torch.einsum(
-                "ms,smn->mn", weights, torch.stack(k)[:, lanes]
-            )
+            return taped_outputs(coefficients, y, k, lanes, theta)
 
-        return y1, dense
+        return combine(y, k[:last], tableau.rows[last]), dense
 
     def evaluations(self, trace):
         return count_evaluations(self.tableau, trace)
@@ -169,9 +167,19 @@ class StageTimes:
         Start and end of the step.
     like : Tensor
         For dtype and device.
+    inside : bool
+        Whether the ends of the step are replaced by the times next to them in it.
     """
 
-    def __init__(self, field, tableau: Tableau, t: np.ndarray, t1: np.ndarray, like):
+    def __init__(
+        self,
+        field,
+        tableau: Tableau,
+        t: np.ndarray,
+        t1: np.ndarray,
+        like: Tensor,
+        inside: bool = False,
+    ):
         self._values = None
         if not field.uses_time:
             return
@@ -180,6 +188,9 @@ class StageTimes:
         # exactly the ends, and never beyond them
         times = np.clip(times, np.minimum(t, t1), np.maximum(t, t1))
         times = np.where(c == 1.0, t1, times)
+        if inside:
+            first, last = just_inside(t, t1, like.dtype), just_inside(t1, t, like.dtype)
+            times = np.clip(times, np.minimum(first, last), np.maximum(first, last))
         dtype = real_dtype(like.dtype)
         tensor = torch.from_numpy(times).to(like.device, dtype, non_blocking=True)
         self._values = tensor[:, :, None].unbind(0)
@@ -231,3 +242,36 @@ def dense_values(
     for i in reversed(range(degree - 1)):
         value = torch.addcmul(coefficients[:, i], value, x)
     return torch.addcmul(start, value, x)
+
+
+def taped_stages(
+    field,
+    tableau: Tableau,
+    times,
+    h: Tensor,
+    y: Tensor,
+    first: Tensor | None = None,
+) -> list[Tensor]:
+    """Return the scaled slopes of a step at these stage times; one may be known."""
+    k = [] if first is None else [first * h]
+    for time, weights in zip(times[len(k) :], tableau.rows[len(k) :], strict=False):
+        k.append(field.evaluate(time, combine(y, k, weights)) * h)
+    return k
+
+
+def combine(y: Tensor, k: list[Tensor], weights: tuple[float, ...]) -> Tensor:
+    """Return ``y + sum_i weights_i k_i``: on a tape, one by one is the quickest."""
+    for slope, weight in zip(k, weights, strict=True):
+        if weight:
+            y = torch.add(y, slope, alpha=weight)
+    return y
+
+
+def taped_outputs(
+    coefficients: TableauTensors, y: Tensor, k, lanes: Tensor, theta: Tensor
+) -> Tensor:
+    """Return states inside a step, differentiable also by their place in it."""
+    degree = coefficients.dense.shape[1]
+    x = torch.stack([theta ** (i + 1) for i in range(degree)], 1)
+    weights = x.to(y.dtype) @ coefficients.dense.t()
+    return y[lanes] + torch.einsum("ms,smn->mn", weights, torch.stack(k)[:, lanes])

@@ -37,7 +37,14 @@ IMPLICIT = ("scipy_radau", "scipy_bdf", "scipy_lsoda")
 
 
 def solve_by_scipy(
-    method: str, field: BoundField, y0: Tensor, grid: Grid, options: Options
+    method: str,
+    field: BoundField,
+    y0: Tensor,
+    grid: Grid,
+    options: Options,
+    *,
+    k0: Tensor | None = None,
+    record: bool = False,
 ) -> Trace:
     """Integrate all lanes over their intervals, as `integrate` does.
 
@@ -54,6 +61,9 @@ def solve_by_scipy(
     options : Options
         Tolerances and limits. A step is an accepted one: scipy does not tell how many
         attempts it rejected.
+    k0, record
+        As for `integrate`, but without meaning: scipy asks for the first slope itself
+        and shows no steps.
 
     Returns
     -------

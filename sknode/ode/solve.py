@@ -233,6 +233,9 @@ def solve(
     if needs_grad and field.probed:
         start = times.detach()[..., :1].expand(len(flat), 1)
         start = start.to(flat.device, real_dtype(flat.dtype))
+        if options.open_steps:
+            towards = times.detach()[..., -1:].to(start).expand_as(start)
+            start = torch.nextafter(start, towards)
         run.k0 = field.discover(start, flat.detach())
     needs_grad = needs_grad and any(
         x.requires_grad for x in (flat, times, *field.parameters)
@@ -282,7 +285,7 @@ def _statistics(trace: Trace, options: Options) -> dict[str, np.ndarray]:
     """Count steps and evaluations, exactly: those that the sample itself needed."""
     chosen = options.step_size is None and options.first_step is None
     evaluations = trace.n_evaluations
-    if options.solver is None:
+    if options.loop is None:
         evaluations = evaluations + trace.moving * (1 + chosen)
     accepted = trace.n_steps - trace.n_rejected
     counts = (trace.n_steps, accepted, trace.n_rejected, evaluations)
@@ -392,8 +395,7 @@ def _make_options(
         max_step=math.inf if max_step is None else float(max_step),
         step_size=step_size,
         make_stepper=known.make_stepper,
-        solver=known.solver,
-        **further,
+        **({"loop": known.loop} | further),
     )
 
 

@@ -13,7 +13,7 @@ slope, and it lets one loop and one cubic Hermite interpolant serve all of them.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sknode.ode import dop853
 
-__all__ = ["METHODS", "Tableau", "get_tableau"]
+__all__ = ["FURTHER", "METHODS", "Tableau", "get_tableau"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +73,11 @@ class Tableau:
     def n_stages_extended(self) -> int:
         """Stages of a step whose inside is looked at."""
         return len(self.a)
+
+    @cached_property
+    def rows(self) -> list[tuple[float, ...]]:
+        """The coefficients of each stage as numbers."""
+        return [tuple(row[:i].tolist()) for i, row in enumerate(self.a)]
 
     @property
     def adaptive(self) -> bool:
@@ -176,6 +181,23 @@ def _heun():
     return _make(
         "heun", 2, [[1.0]], [1 / 2, 1 / 2], embedded=[1.0, 0.0, 0.0], error_order=2
     )
+
+
+def _fehlberg2():
+    """Fehlberg, NASA Technical Report R-315 (1969): order 2 with Euler's embedded."""
+    return _make(
+        "fehlberg2",
+        2,
+        [[1 / 2], [1 / 256, 255 / 256]],
+        [1 / 512, 255 / 256, 1 / 512],
+        embedded=[1 / 256, 255 / 256, 0.0, 0.0],
+        error_order=2,
+    )
+
+
+def _heun3():
+    """Heun, Z. Math. Phys. 45 (1900), 23-38."""
+    return _make("heun3", 3, [[1 / 3], [0.0, 2 / 3]], [1 / 4, 0.0, 3 / 4])
 
 
 def _rk4():
@@ -371,6 +393,11 @@ _BUILDERS = {
 }
 
 METHODS = tuple(_BUILDERS)
+
+# Methods that torchdiffeq has, with better ones of the same order above.
+_BUILDERS |= {"heun3": _heun3, "fehlberg2": _fehlberg2}
+
+FURTHER = tuple(_BUILDERS)[len(METHODS) :]
 
 
 @cache

@@ -146,7 +146,7 @@ class AutogradField:
         missing them would silently lose their gradient.
         """
         with torch.enable_grad():
-            value = check_slope(self.f(t.detach(), y.detach()), y)
+            value = self.evaluate(t.detach(), y.detach())
         found = {id(p): p for p in _leaves(value)}
         if isinstance(self.f, torch.nn.Module):
             found |= {id(p): p for p in self.f.parameters() if p.requires_grad}
@@ -210,7 +210,7 @@ class AutogradField:
             # y is memory of the solver's, which is written again before the pullback
             t = t.detach().requires_grad_()
             y = y.detach().clone().requires_grad_()
-            value = check_slope(self.f(t, y), y)
+            value = self.evaluate(t, y)
         self._stages[stage] = (t, y, value)
         return value.detach()
 
@@ -229,11 +229,15 @@ class AutogradField:
         if time:
             grad_t = torch.zeros_like(t) if grads[1] is None else grads[1]
             grad_t = grad_t.flatten() if grad_t.ndim else grad_t
-        for i, grad in enumerate(grads[1 + time :]):
+        self.accumulate(grads[1 + time :])
+        return grad_t
+
+    def accumulate(self, grads):
+        """Add to the gradients of the parameters; None adds nothing."""
+        for i, grad in enumerate(grads):
             if grad is not None:
                 total = self._gradients[i]
                 self._gradients[i] = grad if total is None else total + grad
-        return grad_t
 
     def begin_reverse(self):
         self._gradients = [None] * len(self.parameters)
@@ -331,6 +335,10 @@ class FieldView:
         )
         return None if grad_t is None else grad_t.reshape(-1)
 
+    def accumulate(self, grads):
+        """Add to the gradients of the parameters of a field that has to be probed."""
+        self.field.accumulate(grads)
+
     def flush(self, states, cotangents):
         """Finish a reverse step."""
         n, shape = len(states), self._shape
@@ -346,6 +354,8 @@ def bind(
     row_wise: bool = False,
 ) -> BoundField:
     """Wrap f for a solve: by its closed form if it has one that applies."""
+    if isinstance(f, AutogradField):
+        return f  # in the solver's layout already
     field = f.closed_form(state) if hasattr(f, "closed_form") else None
     if field is None:
         field = AutogradField(f, row_wise)

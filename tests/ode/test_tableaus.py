@@ -9,14 +9,18 @@ import pytest
 import scipy.integrate
 import torch
 
-from sknode.ode.tableaus import METHODS, get_tableau
+from sknode.ode.tableaus import FURTHER, METHODS, get_tableau
 
-ADAPTIVE = [m for m in METHODS if get_tableau(m).adaptive]
+EXPLICIT = (*METHODS, *FURTHER)
+ADAPTIVE = [m for m in EXPLICIT if get_tableau(m).adaptive]
 # order of the embedded solutions, one for every error estimate
-EMBEDDED = {"heun": [1], "bosh3": [2], "dopri5": [4], "tsit5": [4], "dopri8": [5, 3]}
+EMBEDDED = {
+    **{"heun": [1], "fehlberg2": [1], "bosh3": [2]},
+    **{"dopri5": [4], "tsit5": [4], "dopri8": [5, 3]},
+}
 ORDERS = {
-    **{"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4},
-    **{"bosh3": 3, "dopri5": 5, "tsit5": 5, "dopri8": 8},
+    **{"euler": 1, "midpoint": 2, "heun": 2, "heun3": 3, "rk4": 4},
+    **{"fehlberg2": 2, "bosh3": 3, "dopri5": 5, "tsit5": 5, "dopri8": 8},
 }
 THETAS = np.array([0.1, 0.25, 0.5, 0.77, 0.9, 1.0])
 
@@ -87,11 +91,11 @@ def test_rooted_trees_are_counted_as_in_the_literature():
 
 
 def test_every_method_is_tested():
-    assert set(METHODS) == set(ORDERS)
+    assert set(EXPLICIT) == set(ORDERS)
     assert set(ADAPTIVE) == set(EMBEDDED)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EXPLICIT)
 class TestStep:
     def test_order_is_the_one_of_the_literature(self, method):
         assert get_tableau(method).order == ORDERS[method]
@@ -186,7 +190,7 @@ class TestErrorEstimate:
         assert get_tableau(method).error_order == expected
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EXPLICIT)
 class TestDenseOutput:
     def test_starts_at_the_state_and_ends_at_the_step(self, method):
         tableau = get_tableau(method)
