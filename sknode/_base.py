@@ -136,7 +136,7 @@ class BaseODEEstimator(CallbackSupportMixin, BaseEstimator):
         batch_size = self.batch_size
         if batch_size == "auto":
             # at least eight updates an epoch, but no batches of a few rows
-            batch_size = min(200, max(64, n_samples // 8), n_samples)
+            batch_size = min(200, max(32, -(-n_samples // 8)), n_samples)
         elif batch_size > n_samples:
             warnings.warn(
                 f"batch_size={batch_size} is larger than the number of samples; using "

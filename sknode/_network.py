@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +71,11 @@ class ODENetwork(nn.Module):
             # start from the features themselves
             self.input_map.weight.copy_(torch.eye(n_features))
             self.input_map.bias.zero_()
+            # Uniform with variance 1 / fan_in, three times torch's own, as LeCun et
+            # al., "Efficient BackProp" (1998): else the hidden units start out all but
+            # linear, and a field of a few features stays so for many epochs.
+            for parameter in self.field.layers[0].parameters():
+                parameter.mul_(math.sqrt(3.0))
 
     def initial_state(self, x: Tensor) -> Tensor:
         """Return the states at t = 0 of (n, n_features) rows in the units of X."""

@@ -44,7 +44,7 @@ class History:
 
 
 def make_optimizer(module: nn.Module, recipe: Recipe, state: dict | None = None):
-    """Return Adam, with the penalty on weight matrices only.
+    """Return Adam, in groups with and without the penalty: on weight matrices only.
 
     Parameters
     ----------
@@ -110,6 +110,7 @@ def train(
         Called with the epoch; returns True to stop.
     """
     n, device = len(weight), weight.device
+    weight_on_host = weight.cpu()  # to sum up without waiting for the device
     n_batches = math.ceil(n / recipe.batch_size)
     best = None
     for epoch in range(recipe.max_iter):
@@ -119,14 +120,16 @@ def train(
         if n_batches > 1:
             order = torch.randperm(n, generator=generator)
         loss_sum, nfe_sum = 0.0, 0.0  # tensors on the device: read once an epoch
-        for rows in order.to(device).split(recipe.batch_size):
-            w = weight[rows]
-            total = w.sum()
+        batches = order.to(device).split(recipe.batch_size)
+        for rows, rows_on_host in zip(
+            batches, order.split(recipe.batch_size), strict=True
+        ):
+            total = float(weight_on_host[rows_on_host].sum())
             losses, nfe = objective(*(x[rows] for x in data))
-            loss = (w * losses).sum()
-            optimizer.zero_grad(set_to_none=True)
+            loss = weight[rows] @ losses
+            optimizer.zero_grad()
             (loss / total).backward()
-            penalize(optimizer, recipe.alpha, total)
+            penalize(optimizer, recipe.alpha / total)
             optimizer.step()
             loss_sum = loss_sum + loss.detach()
             nfe_sum = nfe_sum + nfe.sum()
@@ -164,16 +167,10 @@ def train(
     return epoch + 1
 
 
-def penalize(optimizer: torch.optim.Optimizer, alpha: float, total: Tensor) -> None:
-    """Add the gradient of ``alpha / 2 |W|^2`` per unit of sample weight."""
-    if not alpha:
-        return
+def penalize(optimizer: torch.optim.Optimizer, alpha: float) -> None:
+    """Let the next step add the gradient of ``alpha / 2 |W|^2``."""
     for group in optimizer.param_groups:
-        if group["decay"]:
-            grads = [p.grad for p in group["params"]]
-            torch._foreach_add_(
-                grads, torch._foreach_mul(group["params"], alpha / total)
-            )
+        group["weight_decay"] = alpha if group["decay"] else 0.0
 
 
 def has_finished(recipe: Recipe, history: History, validated: bool) -> bool:

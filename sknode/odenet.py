@@ -42,8 +42,9 @@ class ODENetClassifier(ClassifierMixin, BaseODEEstimator):
     ----------
     hidden_layer_sizes : tuple of int or int, default=(64,)
         Sizes of the hidden layers of the vector field.
-    activation : {"tanh", "softplus", "silu", "elu", "sigmoid", "relu"}, default="tanh"
-        Activation of the vector field. Smooth ones need fewer evaluations.
+    activation : {"tanh", "softplus", "silu", "elu", "sigmoid", "relu"}, default="silu"
+        Activation of the vector field. Smooth ones need fewer evaluations; "tanh"
+        bounds the slopes.
     augment_dim : int, default=0
         State dimensions beyond the features. Flows cannot cross: with a few dimensions
         more they can pass by each other [2]_.
@@ -76,14 +77,14 @@ class ODENetClassifier(ClassifierMixin, BaseODEEstimator):
         Strength of the L2 penalty on the weights, divided by the weight of a batch as
         in `sklearn.neural_network.MLPClassifier`.
     batch_size : int or "auto", default="auto"
-        Rows of a minibatch; "auto" is ``n_samples // 8``, but from 64 to 200.
+        Rows of a minibatch; "auto" is an eighth of them, but from 32 to 200.
     learning_rate_init : float, default=1e-2
         Step size of the training algorithm.
     max_iter : int, default=200
         Largest number of epochs.
     tol : float, default=5e-3
         What the loss (or the validation score) has to gain to count as progress.
-    n_iter_no_change : int, default=5
+    n_iter_no_change : int, default=10
         After so many epochs without progress training ends, with as many epochs more
         in which the learning rate falls to zero.
     early_stopping : bool, default=False
@@ -163,7 +164,7 @@ class ODENetClassifier(ClassifierMixin, BaseODEEstimator):
     def __init__(
         self,
         hidden_layer_sizes=(64,),
-        activation="tanh",
+        activation="silu",
         *,
         augment_dim=0,
         class_weight=None,
@@ -180,7 +181,7 @@ class ODENetClassifier(ClassifierMixin, BaseODEEstimator):
         learning_rate_init=1e-2,
         max_iter=200,
         tol=5e-3,
-        n_iter_no_change=5,
+        n_iter_no_change=10,
         early_stopping=False,
         validation_fraction=0.1,
         warm_start=False,

@@ -102,6 +102,32 @@ def test_gradients_through_the_adjoint_and_through_backpropagation_train_alike(m
     np.testing.assert_allclose(one.loss_curve_, two.loss_curve_, rtol=1e-6)
 
 
+def test_the_penalty_shrinks_the_matrices(moons):
+    def norm(alpha):
+        clf = ODENetClassifier(alpha=alpha, max_iter=30, random_state=0).fit(*moons)
+        weights = [p.detach() for p in clf.module_.parameters() if p.ndim > 1]
+        return float(sum(p.square().sum() for p in weights))
+
+    assert norm(10.0) < 0.1 * norm(0.0)
+
+
+def test_the_penalty_is_divided_by_the_weight_of_a_batch(moons):
+    X, y = moons
+    one = ODENetClassifier(alpha=1.0, **SHORT).fit(X, y)
+    weight = np.full(len(y), 1000.0)
+    two = ODENetClassifier(alpha=1000.0, **SHORT).fit(X, y, sample_weight=weight)
+    np.testing.assert_allclose(
+        one.decision_function(X), two.decision_function(X), rtol=1e-6
+    )
+
+
+def test_hidden_units_start_with_unit_gain():
+    X = np.random.default_rng(0).normal(size=(50, 30))
+    clf = ODENetClassifier(max_iter=1, learning_rate_init=1e-9, random_state=0)
+    first = clf.fit(X, X[:, 0] > 0).module_.field.layers[0].weight.detach()
+    assert float(first.var() * first.shape[1]) == pytest.approx(1.0, rel=0.1)
+
+
 # --- fitted attributes and methods --------------------------------------------------
 
 
