@@ -57,3 +57,4 @@ def test_builds_without_a_compiler(source):
     assert 'building extension "sknode.ode.kernels._native" failed' in log
     built = {p.name for p in (source / "out").rglob("*")}
     assert "solve.py" in built and not any(n.startswith("_native") for n in built)
+    assert not SOURCES & built
