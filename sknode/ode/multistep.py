@@ -125,7 +125,7 @@ class AdamsStepper(Stepper):
 
     def _allocate(self) -> None:
         """Get memory for the differences at the end of the step."""
-        self._next_phi = torch.empty_like(self._phi)
+        self._next_phi = torch.zeros_like(self._phi)
         self._rows = [list(x.unbind(0)) for x in (self._phi, self._next_phi)]
 
     def attempt(self, t, t1, h, y, k):
@@ -224,14 +224,17 @@ class AdamsStepper(Stepper):
     def accept(self, moved):
         if not moved.any():
             return
-        end = self._top + 2
-        self._next_phi[:end] += self._difference
+        end, d = self._top + 2, self._difference
         if moved.all():
+            self._next_phi[:end] += d
             self._phi, self._next_phi = self._next_phi, self._phi
             self._rows.reverse()
         else:
-            mask = torch.from_numpy(moved).to(self._difference.device)[:, None]
-            self._phi[:end] = torch.where(mask, self._next_phi[:end], self._phi[:end])
+            # Not in place: slopes that are not finite must get into neither memory, as
+            # rows beyond a lane's order are read too, with a weight of zero.
+            mask = torch.from_numpy(moved).to(d.device)[:, None]
+            phi, e = self._phi[:end], self._next_phi[:end]
+            torch.where(mask, e + d, phi, out=phi)
         same = np.abs(self._length - self._lengths[0]) <= 1e-6 * self._length
         self._equal = np.where(moved, np.where(same, self._equal, 0) + 1, self._equal)
         lengths = np.concatenate([self._length[None], self._lengths[:-1]])

@@ -266,6 +266,28 @@ class TestHardProblems:
         assert error.abs().max() < 1e-6
 
 
+def test_trial_slopes_that_are_not_finite_leave_no_trace_in_other_samples(random):
+    # A turning point whose slope is undefined off its circle, by more or less for every
+    # sample: steps are rejected at any order, each time with other orders around.
+    def f(t, y):
+        a, b, width = y.unbind(1)
+        rate = 1 + 20 * torch.exp(-20 * torch.sin(t[:, 0] + 1e6 * width) ** 2)
+        slope = torch.stack([rate * b, -rate * a, 0 * a], 1)
+        off = (a * a + b * b - 1).abs() > width
+        return torch.where(off[:, None], torch.nan, slope)
+
+    width = torch.logspace(-5, -3, 40, dtype=torch.float64)[torch.arange(40) * 7 % 40]
+    y0 = torch.stack([0 * width, 0 * width + 1, width], 1)
+    settings = {"method": "adams", "rtol": 1e-7, "atol": 1e-7}
+    whole = solve_ode(f, y0, [0.0, 6.0], **settings)
+    assert whole.success
+    assert whole.stats["n_rejected"].min() > 5
+    for i in range(40):
+        alone = solve_ode(f, y0[i : i + 1], [0.0, 6.0], **settings)
+        assert torch.equal(alone.y[0], whole.y[i])
+        assert alone.stats["n_f_evals"][0] == whole.stats["n_f_evals"][i]
+
+
 class TestStops:
     @pytest.mark.parametrize("tol", [1e-4, 1e-10])
     @pytest.mark.parametrize("apart", [0.3, 1e-3, 1e-9, 1e-13])
