@@ -69,15 +69,17 @@ class Run:
             self.trace = kernels.solve(
                 self.field.network, y0, self.times, self.options, record
             )
-            return self.trace.y
-        with torch.no_grad():
-            self.field.prepare()
-            grid = Grid.from_times(self.times, self.stops)
+        else:
             loop = self.options.loop or integrate
-            self.trace = loop(
-                self.field, y0, grid, self.options, k0=self.k0, record=record
-            )
-        return self.trace.y
+            with torch.no_grad():
+                self.field.prepare()
+                grid = Grid.from_times(self.times, self.stops)
+                self.trace = loop(
+                    self.field, y0, grid, self.options, k0=self.k0, record=record
+                )
+        # the result's graph holds this run: it must not hold the result in turn
+        y, self.trace.y = self.trace.y, None
+        return y
 
 
 def discrete_adjoint(run: Run, y0: Tensor, times: Tensor) -> Tensor:

@@ -401,11 +401,11 @@ def integrate(
         lanes.n_steps += running
 
         # choose the next step
+        planned = lanes.h
+        # it may have become longer, by rounding or to reach the goal: what was asked
+        # for is what has to shrink
+        tried = np.where(moved, length, np.minimum(length, planned))
         if ratio is not None:
-            planned = lanes.h
-            # it may have become longer, by rounding or to reach the goal: what was
-            # asked for is what has to shrink
-            tried = np.where(moved, length, np.minimum(length, planned))
             proposed = stepper.propose(lanes, tried, ratio, moved)
             lanes.rejected = ~accept
             if stops is not None:
@@ -415,7 +415,7 @@ def integrate(
             floor = np.maximum(np.abs(t_new) * RESOLUTION, lanes.floor)
             lanes.h = np.minimum(np.maximum(proposed, floor), options.max_step)
         if n_moved < n_running:
-            _give_up(lanes, running & ~accept, ratio, length)
+            _give_up(lanes, running & ~accept, ratio, tried)
         if stops is not None and n_moved:
             _pass_stops(stops, lanes, stepper, moved)
         lanes.running = t_new < lanes.t_end
@@ -663,14 +663,14 @@ def _keep_moved(entry: StepRecord, rows, moved, n_moved: int, row_wise: bool):
     )
 
 
-def _give_up(lanes: Lanes, rejected, ratio: np.ndarray | None, length) -> None:
+def _give_up(lanes: Lanes, rejected, ratio: np.ndarray | None, tried) -> None:
     """Count rejected steps; freeze the lanes that cannot step any smaller."""
     lanes.n_rejected += rejected
     if ratio is None:
         hopeless, code = rejected, Status.NON_FINITE
     else:
         floor = np.maximum(np.abs(lanes.t) * RESOLUTION, lanes.floor)
-        hopeless = rejected & (length <= floor * 1.001)
+        hopeless = rejected & (tried <= floor * 1.001)
         code = np.where(np.isinf(ratio), Status.NON_FINITE, Status.STEP_TOO_SMALL)
     if hopeless.any():
         lanes.status = np.where(hopeless, code, lanes.status)

@@ -1,5 +1,9 @@
 """The discrete adjoint: exact, complete, frugal, and like any torch operation."""
 
+import contextlib
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -223,6 +227,20 @@ def test_memory_of_a_step_in_the_kernels_is_its_state(n_steps):
     assert kept >= n_steps * a_step
     # whole pages of eight steps, and a little for the alignment of their memory
     assert kept <= 1.05 * (n_steps + 8) * a_step
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_memory_is_free_as_soon_as_the_result_is(fused, y0):
+    field = MLPField(2, (8,)).double()
+    gc.disable()
+    try:
+        with contextlib.nullcontext() if fused else kernels.reference():
+            y = solve_ode(field, y0, [0.0, 1.0]).y
+        kept = weakref.ref(y)
+        del y
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 def test_an_mlp_builds_no_graph_anywhere(y0, monkeypatch):

@@ -117,3 +117,12 @@ def test_a_discontinuity_is_crossed():
     exact = torch.full_like(y0, 1 / 3 - 2 * 2 / 3)
     # the error estimate supposes a smooth field: here it is up to 170 times too small
     torch.testing.assert_close(solution.y[:, -1], exact, rtol=0, atol=5e-4)
+
+
+def test_steps_near_the_resolution_of_time_end_in_a_status():
+    t = torch.tensor([1e15, 1e15 + 4], dtype=torch.float64)
+    y0 = torch.ones(1, 1, dtype=torch.float64)
+    with pytest.warns(SolverWarning, match="too small|fell below"):
+        solution = solve_ode(lambda t, y: 200 * y, y0, t, first_step=1e-8)
+    assert solution.stats["n_steps"] < 200
+    assert solution.status[0] == Status.STEP_TOO_SMALL
