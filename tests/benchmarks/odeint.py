@@ -1,8 +1,9 @@
 """Speed of `odeint` and `odeint_adjoint` beside torchdiffeq's, called the same way.
 
-A tanh field 2-32-32-2, 64 samples, float32, torch's default initialisation, t in [0, 1],
-default tolerances. A figure is the least CPU time of the rounds, in milliseconds: on one
-thread, and unlike the wall time not disturbed by what else the machine does.
+A tanh field 2-32-32-2, 64 samples, float32, torch's default initialisation, t in
+[0, 1], default tolerances. A figure is the least CPU time of the rounds, in
+milliseconds: on one thread, and unlike the wall time not disturbed by what else the
+machine does.
 
     python tests/benchmarks/odeint.py [--rounds 15]
 """
