@@ -537,7 +537,9 @@ class TestOptions:
             y.sum().backward()
             assert all((point in times) != perturb for point in (1.0, 0.5))
 
-    def test_grid_methods_do_not_look_ahead(self):
+    @pytest.mark.parametrize("limit", [0, 10**9])
+    def test_grid_methods_do_not_look_ahead(self, limit, monkeypatch):
+        monkeypatch.setattr("sknode.ode.torchdiffeq.forward.TAPE_NUMBERS", limit)
         f = Field()
         with torch.no_grad():
             odeint(f, doubles(1.0, 2.0, 3.0), doubles(*TIMES), method="euler")
