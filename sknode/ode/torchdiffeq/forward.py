@@ -36,7 +36,7 @@ def integrate(problem: Problem, gradient: str = "discrete") -> Tensor:
     if problem.family == "adams":
         return march(problem, grid, AdamsSteps(problem).step)
     constructed = "grid_constructor" in problem.options
-    if _on_tape(problem, grid, gradient, constructed):
+    if _marches(problem, grid, gradient, constructed):
         steps = RungeKuttaSteps(problem, problem.core_method.tableau)
         return march(problem, grid, steps.step)
     settings = numerics(problem)
@@ -44,20 +44,21 @@ def integrate(problem: Problem, gradient: str = "discrete") -> Tensor:
     return run(problem, problem.t, gradient, **settings)
 
 
-def _on_tape(problem: Problem, grid: Tensor, gradient: str, constructed: bool) -> bool:
+def _marches(problem: Problem, grid: Tensor, gradient: str, constructed: bool) -> bool:
     """Whether to leave the steps on a grid to autograd altogether.
 
     Nothing is rejected there, so this is the same gradient; it is quicker where it
     takes little memory. And only so can the user's grid be any function of ``t``.
     """
-    if not torch.is_grad_enabled() or problem.callbacks:
+    if problem.callbacks:
         return False
-    if constructed and problem.t.requires_grad:
+    grad = torch.is_grad_enabled()
+    if grad and constructed and problem.t.requires_grad:
         return True
     if problem.options.get("interp", "linear") == "cubic" and grid is not problem.t:
         return False  # would evaluate the field twice at every output
     numbers = len(grid) * problem.core_method.tableau.n_stages * problem.y0.numel()
-    return gradient == "backprop" or numbers <= TAPE_NUMBERS
+    return numbers <= TAPE_NUMBERS or (grad and gradient == "backprop")
 
 
 def run(problem: Problem, t: Tensor, gradient: str, **settings) -> Tensor:

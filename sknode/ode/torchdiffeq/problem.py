@@ -128,6 +128,8 @@ class Layout:
         scalar = not isinstance(value, Tensor | tuple | list) or (
             isinstance(value, Tensor) and value.ndim == 0
         )
+        if isinstance(value, float) and 0 <= value < math.inf:
+            return torch.tensor(value, **like)
         if scalar:
             result = torch.as_tensor(value, **like)
         elif not self.is_tuple:
