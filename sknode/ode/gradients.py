@@ -39,7 +39,7 @@ from sknode.ode.integrate import Grid, Options, StepRecord, Stops, Trace, integr
 from sknode.ode.runge_kutta import StageBuffer, StageTimes, powers
 from sknode.ode.vector_field import BoundField
 
-__all__ = ["Run", "discrete_adjoint", "replay"]
+__all__ = ["Run", "discrete_adjoint", "dot", "replay"]
 
 
 @dataclass
@@ -50,6 +50,7 @@ class Run:
     times: np.ndarray
     options: Options
     stops: Stops | None = None
+    adjoint: Options | None = None  # for a solve backwards
     fused: bool = False  # by a kernel
     k0: Tensor | None = None
     trace: Trace | None = None
@@ -89,7 +90,7 @@ def discrete_adjoint(run: Run, y0: Tensor, times: Tensor) -> Tensor:
     return _DiscreteAdjoint.apply(run, y0, times, *run.field.parameters)
 
 
-def _dot(cotangent: Tensor, value: Tensor) -> Tensor:
+def dot(cotangent: Tensor, value: Tensor) -> Tensor:
     """Return the cotangent of a real factor of value, summed over the last axis."""
     if cotangent.is_complex():
         return (cotangent * value.conj()).real.sum(-1)
@@ -212,7 +213,7 @@ class _Sweep:
             torch.mul(cotangent, h, out=kappa.rows[i])
             time = field.pullback(i, kappa.rows[i], need_times, stack.rows[m])
             if need_times:
-                by_length = by_length + _dot(cotangent, k.rows[i])
+                by_length = by_length + dot(cotangent, k.rows[i])
                 if time is not None:
                     c = coefficients.c[i]
                     by_start = by_start + (1 - c) * time
@@ -248,7 +249,7 @@ class _Sweep:
         if record.outputs is not None:
             lanes, columns, theta = record.outputs
             slope = self._dense_slope(k, lanes, theta) / h[lanes, None]
-            moved = _dot(self.grad[rows[lanes], columns], slope)
+            moved = dot(self.grad[rows[lanes], columns], slope)
             at = (rows[lanes], columns)
             self.grad_times.index_put_(at, moved.to(dtype), accumulate=True)
             # theta = (t_out - start) / (end - start)
@@ -276,7 +277,7 @@ class _Sweep:
         total = self.grad_times[:n_lanes]
         if total.shape[1] > 1:
             # the first time once more, before any step, still has a slope
-            slopes = _dot(self.grad, self.trace.k0[:, None, :])
+            slopes = dot(self.grad, self.trace.k0[:, None, :])
             slopes = torch.where(self._tensor(self.trace.at_start), slopes, 0.0)
             slopes[:, 0] = -slopes[:, 1:].sum(1)
             total = total + slopes.to(total.dtype)

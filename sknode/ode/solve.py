@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from sknode.ode import kernels
+from sknode.ode.continuous import continuous_adjoint
 from sknode.ode.control import StepController, make_controller, real_dtype
 from sknode.ode.gradients import Run, discrete_adjoint, replay
 from sknode.ode.integrate import Options, Trace, check_order
-from sknode.ode.methods import get_method
+from sknode.ode.methods import GRADIENTS, get_method
 from sknode.ode.solution import Solution, SolverWarning
 from sknode.ode.vector_field import bind
 
 __all__ = ["solve_ode"]
 
-GRADIENTS = ("discrete", "backprop")
 STATISTICS = ("n_steps", "n_accepted", "n_rejected", "n_f_evals")
 DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 STEP_CONTROLS = ("per_sample", "shared")
@@ -171,12 +171,14 @@ def solve(
     gradient="discrete",
     row_wise=False,
     stops=None,
+    adjoint=None,
     **settings,
 ):
     """Solve as `solve_ode` does, but leave it to the caller to look at the status.
 
     ``stops`` and the fields of `Options` that `solve_ode` does not have are for the
-    other interfaces of the solver.
+    other interfaces of the solver. ``adjoint`` is a dict of settings in which the solve
+    backwards of the continuous adjoint differs from the one forwards.
     """
     if not callable(f):
         raise TypeError(f"f must be callable. Got {type(f).__name__} instead.")
@@ -184,10 +186,17 @@ def solve(
     _check_choice("gradient", gradient, GRADIENTS)
     _check_state(y0)
     options = _make_options(y0.dtype, **settings)
+    backward = None
+    if gradient == "continuous":
+        backward = options
+        if adjoint:
+            backward = _make_options(y0.dtype, **settings | adjoint)
+        _check_continuous(settings | (adjoint or {}), stops)
     shared = step_control == "shared"
     batch, state = len(y0), y0.shape[1:]
     times = _check_times(t, batch, shared)
     settings |= {"step_control": step_control, "gradient": gradient}
+    settings |= {"adjoint": adjoint}
     again = partial(solve, f, y0, row_wise=row_wise, **settings)
     if batch == 0:
         return _empty_solution(y0, times, again)
@@ -195,10 +204,10 @@ def solve(
 
     field = bind(f, batch, state, shared, row_wise=row_wise)
     host_times = check_order(times.detach().cpu().numpy())
-    run = Run(field, host_times, options, stops)
+    run = Run(field, host_times, options, stops, backward)
     run.fused = (
         stops is None
-        and gradient == "discrete"
+        and gradient != "backprop"
         and kernels.serves(field, flat, times, options)
     )
     needs_grad = torch.is_grad_enabled()
@@ -213,6 +222,8 @@ def solve(
         y = run.forward(flat.detach(), record=False)
     elif gradient == "discrete":
         y = discrete_adjoint(run, flat, times)
+    elif gradient == "continuous":
+        y = continuous_adjoint(run, flat, times)
     else:
         plain = bind(f, batch, state, shared, closed_form=False)
         y = replay(run, plain, flat, times)
@@ -264,6 +275,15 @@ def _check_choice(name, value, choices):
             f"{name} must be one of {', '.join(map(repr, choices))}. "
             f"Got {value!r} instead."
         )
+
+
+def _check_continuous(settings: dict, stops) -> None:
+    """Raise where there is no solve backwards."""
+    method = get_method(settings.get("method", "dopri5"))
+    if "continuous" not in method.gradients:
+        raise ValueError(f"gradient='continuous' does not serve {method.name!r}.")
+    if stops is not None and stops.on_reach is not None:
+        raise ValueError("gradient='continuous' does not serve states that jump.")
 
 
 def _check_state(y0) -> None:

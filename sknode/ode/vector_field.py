@@ -92,6 +92,23 @@ class BoundField(Protocol):
         so that parameter gradients can be added up for all of them together.
         """
 
+    def pullback_state(self, stage: int, cotangent: Tensor, out: Tensor) -> None:
+        """Write the cotangent of y to ``out``; keep the stage for ``accumulate``."""
+
+    def accumulate(
+        self,
+        stages: Sequence[int],
+        states: Tensor,
+        cotangents: Tensor,
+        weights: Tensor,
+    ) -> None:
+        """Add weighted parameter gradients of stages that ``pullback_state`` kept.
+
+        States and cotangents are those that they had, (n_stages, rows, n), all stages
+        in order; weights have shape (n_stages, rows, 1) and are zero for stages other
+        than the ones listed.
+        """
+
     def parameter_gradients(self) -> list[Tensor | None]:
         """Return the accumulated gradients, in the order of ``parameters``."""
 
@@ -162,11 +179,39 @@ class AutogradField:
         if time:
             grad_t = torch.zeros_like(t) if grads[1] is None else grads[1]
             grad_t = grad_t.flatten() if grad_t.ndim else grad_t
-        for i, grad in enumerate(grads[1 + time :]):
+        self._add(grads[1 + time :])
+        return grad_t
+
+    def _add(self, grads) -> None:
+        for i, grad in enumerate(grads):
             if grad is not None:
                 total = self._gradients[i]
                 self._gradients[i] = grad if total is None else total + grad
-        return grad_t
+
+    def pullback_state(self, stage, cotangent, out):
+        _, y, value = self._stages[stage]
+        grad = None
+        if value.requires_grad:
+            (grad,) = torch.autograd.grad(
+                value, y, cotangent, retain_graph=True, allow_unused=True
+            )
+        out.copy_(torch.zeros_like(y) if grad is None else grad)
+
+    def accumulate(self, stages, states, cotangents, weights):
+        kept = [(self._stages[i][2], cotangents[i] * weights[i]) for i in stages]
+        kept = [(value, c) for value, c in kept if value.requires_grad]
+        if not kept or not self.parameters:
+            return
+        values, cotangents = zip(*kept, strict=True)
+        self._add(
+            torch.autograd.grad(
+                values,
+                self.parameters,
+                cotangents,
+                retain_graph=True,
+                allow_unused=True,
+            )
+        )
 
     def begin_reverse(self):
         self._gradients = [None] * len(self.parameters)
@@ -259,6 +304,21 @@ class FieldView:
         """Finish a reverse step."""
         n, shape = len(states), self._shape
         self.field.flush(states.view(n, *shape), cotangents.view(n, *shape))
+
+    def pullback_state(self, stage, cotangent, out):
+        """Write the cotangent of the state to out; keep the stage."""
+        shape = self._shape
+        self.field.pullback_state(stage, cotangent.view(shape), out.view(shape))
+
+    def accumulate(self, stages, states, cotangents, weights):
+        """Add weighted parameter gradients of stages."""
+        n, shape = len(states), self._shape
+        self.field.accumulate(
+            stages,
+            states.view(n, *shape),
+            cotangents.view(n, *shape),
+            weights.view(n, -1, *(1 for _ in shape[1:])),
+        )
 
 
 def bind(
