@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sknode.fields import MLPField
-from sknode.ode import SolverWarning, solve_ode
+from sknode.ode import SolverWarning, kernels, solve_ode
 from sknode.ode.tableaus import METHODS
 
 FIXED = ("euler", "midpoint", "rk4")
@@ -190,27 +190,39 @@ def test_failed_samples_do_not_poison_gradients(y0):
         torch.testing.assert_close(p.grad, e, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("n_steps", [10, 100])
-def test_memory_of_a_step_is_its_state(n_steps):
-    # 64 x 16 hidden units a stage would be far more than the 64 x 3 state
-    batch, dim = 64, 3
-    field = MLPField(dim, (16,)).double()
-    y0 = torch.zeros(batch, dim, dtype=torch.float64)
-    y = solve_ode(field, y0, [0.0, 1.0], step_size=1 / n_steps).y
-    records = y.grad_fn.next_functions and _records(y)
-    assert len(records) in (n_steps, n_steps + 1)
-    for record in records:
-        kept = record.y.numel() + record.h.numel() + record.t.size + record.t1.size
-        assert record.outputs is None
-        assert kept == batch * (dim + 3)
+# 64 x 16 hidden units a stage would be far more than the 64 x 3 state
+BATCH, DIM = 64, 3
 
 
-def _records(y):
-    """Return the step records that the node of a solution holds."""
-    node = y.grad_fn
+def recorded_steps(n_steps):
+    """Take constant steps with gradients; return what is kept for the way back."""
+    field = MLPField(DIM, (16,)).double()
+    y0 = torch.zeros(BATCH, DIM, dtype=torch.float64)
+    node = solve_ode(field, y0, [0.0, 1.0], step_size=1 / n_steps).y.grad_fn
     while not hasattr(node, "run"):
         node = node.next_functions[0][0]
     return node.run.trace.records
+
+
+@pytest.mark.parametrize("n_steps", [10, 100])
+def test_memory_of_a_step_is_its_state(n_steps):
+    with kernels.reference():
+        records = recorded_steps(n_steps)
+    assert len(records) == n_steps
+    for record in records:
+        kept = record.y.numel() + record.h.numel() + record.t.size + record.t1.size
+        assert record.outputs is None
+        assert kept == BATCH * (DIM + 3)
+
+
+@pytest.mark.skipif(not kernels.available(), reason="built without kernels")
+@pytest.mark.parametrize("n_steps", [10, 100, 1000])
+def test_memory_of_a_step_in_the_kernels_is_its_state(n_steps):
+    kept = kernels.recorded_bytes(recorded_steps(n_steps))
+    a_step = BATCH * (DIM + 3) * 8  # the state, two times and an index
+    assert kept >= n_steps * a_step
+    # whole pages of eight steps, and a little for the alignment of their memory
+    assert kept <= 1.05 * (n_steps + 8) * a_step
 
 
 def test_an_mlp_builds_no_graph_anywhere(y0, monkeypatch):

@@ -9,14 +9,16 @@ cache. They are an optional part of the package: what they compute, the loop in
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sknode.ode.integrate import Options, Trace
 from sknode.ode.runge_kutta import count_evaluations
@@ -28,7 +30,20 @@ try:
 except ImportError:  # built without a compiler
     _native = None
 
-__all__ = ["available", "instruction_sets", "reference", "reverse", "serves", "solve"]
+__all__ = [
+    "Recorded",
+    "available",
+    "chosen",
+    "instruction_sets",
+    "recorded_bytes",
+    "reference",
+    "reverse",
+    "serves",
+    "solve",
+    "use",
+]
+
+logger = logging.getLogger("sknode")
 
 # As in the enumeration of problem.h.
 ACTIVATIONS = {
@@ -69,6 +84,18 @@ def _sets() -> dict[str, int]:
 def available() -> bool:
     """Return whether the package was built with its kernels."""
     return _native is not None
+
+
+def chosen() -> str:
+    """Return the instruction set in use here: the fastest, unless there was a choice.
+
+    Returns
+    -------
+    str
+        One of `instruction_sets`, or "reference" if torch does all of the work.
+    """
+    choice = _choice.get()
+    return next(iter(_sets()), "reference") if choice is None else choice
 
 
 @contextlib.contextmanager
@@ -118,16 +145,69 @@ def serves(field: BoundField, y0: Tensor, times: Tensor, options: Options) -> bo
     They do not give gradients to the output times.
     """
     network = getattr(field, "network", None)
-    if (
-        network is None
-        or not options.plain
-        or _choice.get() == "reference"
-        or _native is None
-    ):
+    if network is None or not options.plain or _choice.get() == "reference":
         return False
-    if y0.device.type != "cpu" or y0.dtype != network.dtype:
+    if times.requires_grad and torch.is_grad_enabled():
         return False
-    return not (times.requires_grad and torch.is_grad_enabled())
+    if not _plain_network(network, y0):
+        return False
+    if _native is None:
+        _say_that_there_are_none()
+        return False
+    return True
+
+
+def _plain_network(network: Perceptron, y0: Tensor) -> bool:
+    """Return whether all is in the memory that the kernels will take it to be in.
+
+    What is not (a layer moved to another device or dtype, or given another shape)
+    torch can handle or refuse.
+    """
+    n_in = y0.shape[1] + network.uses_time
+    expected = (y0.dtype, torch.device("cpu"), torch.strided)
+    for tensor, shape in _shapes(network, n_in):
+        if (tensor.dtype, tensor.device, tensor.layout) != expected:
+            return False
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.shape != shape:
+            return False
+    last = network.layers[-1][0]
+    return y0.device.type == "cpu" and last.shape[0] == y0.shape[1]
+
+
+def _shapes(network: Perceptron, n_in: int) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+    """List weights and biases with the shapes by which they fit together."""
+    for weight, bias in network.layers:
+        n_out = weight.shape[0]
+        yield weight, (n_out, n_in)
+        if bias is not None:
+            yield bias, (n_out,)
+        n_in = n_out
+
+
+@cache
+def _say_that_there_are_none() -> None:
+    logger.info(
+        "sknode was installed without its compiled kernels, as there was no compiler "
+        "that could build them: torch solves small networks more slowly. See "
+        "sknode.show_versions()."
+    )
+
+
+class Recorded(NamedTuple):
+    """The steps of a solve, as `reverse` wants them."""
+
+    steps: object
+    times: np.ndarray  # read again by the reverse
+    shapes: list[tuple[torch.Size, torch.Size | None]]  # of the weights and biases
+
+
+def recorded_bytes(recorded: Recorded) -> int:
+    """Return the memory that recorded steps take, in bytes.
+
+    A step takes that of its state, two times and an index. Steps are kept in pages of
+    eight; samples in tiles of 128 bytes, each with as many steps as its busiest sample.
+    """
+    return _native.recorded_bytes(recorded.steps)
 
 
 def solve(
@@ -144,7 +224,7 @@ def solve(
     network : Perceptron
         The vector field.
     y0 : Tensor of shape (batch, n)
-        Initial states, contiguous, on the CPU.
+        Initial states, on the CPU.
     times : ndarray of shape (n_times,) or (batch, n_times)
         Output times, ascending or descending.
     options : Options
@@ -155,16 +235,15 @@ def solve(
     Returns
     -------
     Trace
-        Its ``records`` are the recording that `reverse` wants.
+        Its ``records`` are `Recorded`.
     """
     batch, n_times = len(y0), times.shape[-1]
-    times = np.ascontiguousarray(times)
+    times, y0 = np.ascontiguousarray(times), _plain(y0)
     y = torch.empty(batch, n_times, y0.shape[1], dtype=y0.dtype)
     counts, t_reached = np.empty((5, batch), np.int64), np.empty(batch)
-    layers = [(w.detach().contiguous(), b) for w, b in network.layers]
-    choice = _choice.get()
-    recording = _native.solve(
-        0 if choice is None else _sets()[choice],
+    layers = [(_plain(w), None if b is None else _plain(b)) for w, b in network.layers]
+    steps = _native.solve(
+        _sets()[chosen()],
         y0.dtype == torch.float64,
         (
             ACTIVATIONS[network.activation],
@@ -189,6 +268,7 @@ def solve(
         _threads(network, batch),
     )
     status, n_steps, n_rejected, n_dense, next_output = counts
+    shapes = [(w.shape, None if b is None else b.shape) for w, b in layers]
     trace = Trace(
         y=y,
         status=status,
@@ -198,8 +278,7 @@ def solve(
         next_output=next_output,
         t_reached=t_reached,
         moving=np.broadcast_to(times[..., -1] != times[..., 0], batch),
-        # the recording reads the times again
-        records=(recording, times) if record else None,
+        records=Recorded(steps, times, shapes) if record else None,
     )
     trace.n_evaluations = count_evaluations(options.tableau, trace)
     return trace
@@ -219,24 +298,26 @@ def reverse(
     grad : Tensor of shape (batch, n_times, n)
         Cotangents of the states at the output times.
     """
-    recording, _ = trace.records
-    grad = grad.contiguous()
-    grad_y0 = torch.empty(grad.shape[0], grad.shape[2], dtype=grad.dtype)
+    recorded, grad = trace.records, _plain(grad)
+    grad_y0 = grad.new_empty(grad.shape[0], grad.shape[2])
+    # the shapes that the kernels know: those of the parameters may be others by now
     found = [
-        (
-            torch.empty(w.shape, dtype=w.dtype),
-            None if b is None else torch.empty_like(b),
-        )
-        for w, b in network.layers
+        (grad.new_empty(w), None if b is None else grad.new_empty(b))
+        for w, b in recorded.shapes
     ]
     _native.reverse(
-        recording,
+        recorded.steps,
         grad.data_ptr(),
         grad_y0.data_ptr(),
         tuple((w.data_ptr(), 0 if b is None else b.data_ptr()) for w, b in found),
         _threads(network, len(grad)),
     )
     return grad_y0, [x for pair in found for x in pair if x is not None]
+
+
+def _plain(x: Tensor) -> Tensor:
+    """Return the values as they have to lie in memory: in order, signs included."""
+    return x.detach().contiguous().resolve_neg()
 
 
 def _threads(network: Perceptron, batch: int) -> int:
@@ -274,5 +355,5 @@ def _control(options: Options) -> tuple:
         controller.factor_min,
         controller.factor_max,
         controller.n_history,
-        options.max_steps,
+        min(options.max_steps, 2**62),
     )

@@ -115,11 +115,45 @@ Control read_control(PyObject* tuple) {
     return control;
 }
 
+// Whether a signal handler, such as that of Ctrl-C, raised an exception.
+bool interrupted() {
+    const PyGILState_STATE state = PyGILState_Ensure();
+    const bool raised = PyErr_CheckSignals() != 0;
+    PyGILState_Release(state);
+    return raised;
+}
+
+// Run without the interpreter's lock; return whether it worked, with an exception set
+// if it did not.
+template <class Work>
+bool run_unlocked(const Work& work) {
+    PyThreadState* state = PyEval_SaveThread();
+    PyObject* type = nullptr;
+    std::string message;
+    bool stopped = false;
+    try {
+        work();
+    } catch (const Interrupted&) {
+        stopped = true;  // the exception is set already
+    } catch (const std::bad_alloc&) {
+        type = PyExc_MemoryError, message = "not enough memory for the solve";
+    } catch (const std::length_error&) {
+        type = PyExc_MemoryError, message = "the solve is too large";
+    } catch (const std::exception& error) {
+        type = PyExc_RuntimeError, message = error.what();
+    }
+    PyEval_RestoreThread(state);
+    if (type) PyErr_SetString(type, message.c_str());
+    return !type && !stopped;
+}
+
 constexpr const char* RECORDING = "sknode.ode.kernels.Recording";
 
-void destroy_recording(PyObject* capsule) {
-    delete static_cast<Recording*>(PyCapsule_GetPointer(capsule, RECORDING));
+Recording* read_recording(PyObject* capsule) {
+    return capsule ? static_cast<Recording*>(PyCapsule_GetPointer(capsule, RECORDING)) : nullptr;
 }
+
+void destroy_recording(PyObject* capsule) { delete read_recording(capsule); }
 
 PyObject* solve(PyObject*, PyObject* args) {
     Reader reader(args);
@@ -141,38 +175,31 @@ PyObject* solve(PyObject*, PyObject* args) {
     p.t_reached = static_cast<double*>(reader.address());
     p.record = reader.integer() != 0;
     p.threads = static_cast<int>(reader.integer());
+    p.interrupted = interrupted;
     if (PyErr_Occurred()) return nullptr;
     const auto sets = instruction_sets();
     if (set < 0 || set >= static_cast<int64_t>(sets.size()) || !sets[set].available) {
         PyErr_SetString(PyExc_ValueError, "instruction set not available");
         return nullptr;
     }
+    const Solver solver = is_double ? sets[set].solvers.in_double : sets[set].solvers.in_float;
     std::unique_ptr<Recording> recording;
-    bool enough = true;
-    Py_BEGIN_ALLOW_THREADS;
-    try {
-        const Solvers& solvers = sets[set].solvers;
-        recording = is_double ? solvers.in_double(p) : solvers.in_float(p);
-    } catch (const std::bad_alloc&) {
-        enough = false;
-    }
-    Py_END_ALLOW_THREADS;
-    if (!enough) return PyErr_NoMemory();
+    if (!run_unlocked([&] { recording = solver(p); })) return nullptr;
     if (!recording) Py_RETURN_NONE;
-    return PyCapsule_New(recording.release(), RECORDING, destroy_recording);
+    PyObject* capsule = PyCapsule_New(recording.get(), RECORDING, destroy_recording);
+    if (capsule) recording.release();
+    return capsule;
 }
 
 PyObject* reverse(PyObject*, PyObject* args) {
     Reader reader(args);
-    PyObject* capsule = reader.object();
-    if (!capsule) return nullptr;
-    const auto* recording =
-        static_cast<const Recording*>(PyCapsule_GetPointer(capsule, RECORDING));
+    const Recording* recording = read_recording(reader.object());
     ReverseProblem p;
     p.grad = reader.address();
     p.grad_y0 = reader.address();
     PyObject* layers = reader.object();
     p.threads = static_cast<int>(reader.integer());
+    p.interrupted = interrupted;
     if (PyErr_Occurred()) return nullptr;
     Reader items(layers);
     for (Py_ssize_t i = 0; i < items.size(); ++i) {
@@ -182,17 +209,13 @@ PyObject* reverse(PyObject*, PyObject* args) {
         void* weight = layer.address();
         p.layers.push_back({weight, layer.address()});
     }
-    if (PyErr_Occurred()) return nullptr;
-    bool enough = true;
-    Py_BEGIN_ALLOW_THREADS;
-    try {
-        recording->reverse(p);
-    } catch (const std::bad_alloc&) {
-        enough = false;
-    }
-    Py_END_ALLOW_THREADS;
-    if (!enough) return PyErr_NoMemory();
+    if (PyErr_Occurred() || !run_unlocked([&] { recording->reverse(p); })) return nullptr;
     Py_RETURN_NONE;
+}
+
+PyObject* recorded_bytes(PyObject*, PyObject* capsule) {
+    const Recording* recording = read_recording(capsule);
+    return recording ? PyLong_FromLongLong(recording->bytes()) : nullptr;
 }
 
 PyObject* list_instruction_sets(PyObject*, PyObject*) {
@@ -213,6 +236,7 @@ PyObject* list_instruction_sets(PyObject*, PyObject*) {
 PyMethodDef methods[] = {
     {"solve", solve, METH_VARARGS, "Solve a batch; return its recording or None."},
     {"reverse", reverse, METH_VARARGS, "Go back over the steps of a recording."},
+    {"recorded_bytes", recorded_bytes, METH_O, "The memory that recorded steps take."},
     {"instruction_sets", list_instruction_sets, METH_NOARGS,
      "List (name, available), the fastest first."},
     {nullptr, nullptr, 0, nullptr},

@@ -25,11 +25,14 @@ public:
         auto address = reinterpret_cast<uintptr_t>(blocks_.back().get());
         T* p = reinterpret_cast<T*>((address + 63) / 64 * 64);
         std::memset(static_cast<void*>(p), 0, rounded * sizeof(T));
+        bytes_ += rounded * sizeof(T) + 64;
         return p;
     }
+    int64_t bytes() const { return bytes_; }
 
 private:
     std::vector<std::unique_ptr<char[]>> blocks_;
+    int64_t bytes_ = 0;
 };
 
 // A matrix in blocks of about equal height, at most ROWS, column by column within a
@@ -292,6 +295,11 @@ public:
     }
 
     size_t depth() const { return layers_.size(); }
+    int64_t parameters() const {
+        int64_t n = 0;
+        for (const Layer& layer : layers_) n += layer.out * (layer.in + 1);
+        return n;
+    }
     int64_t out(size_t layer) const { return layers_[layer].out; }
     int64_t in(size_t layer) const { return layers_[layer].in; }
     int64_t widest() const {

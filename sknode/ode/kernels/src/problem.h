@@ -2,8 +2,11 @@
 // instruction set.
 #pragma once
 
+#include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <memory>
+#include <thread>
 #include <vector>
 
 namespace sknode {
@@ -11,6 +14,33 @@ namespace sknode {
 enum class Activation : int { sigmoid = 0, tanh = 1, softplus = 2, silu = 3, elu = 4, relu = 5 };
 
 enum Status : int64_t { success = 0, max_steps = 1, step_too_small = 2, non_finite = 3 };
+
+// Thrown through a call that was asked to end.
+struct Interrupted {};
+
+// Ends a call that takes long on request: the calling thread asks every now and then
+// whether to go on, and tells the others.
+class Watch {
+public:
+    explicit Watch(bool (*interrupted)()) : interrupted_(interrupted) {}
+    void look() {
+        if (stopped_.load(std::memory_order_relaxed)) throw Interrupted{};
+        if (std::this_thread::get_id() != caller_) return;
+        const auto now = Clock::now();
+        if (now < next_) return;
+        next_ = now + std::chrono::milliseconds(100);
+        if (!interrupted_()) return;
+        stopped_ = true;
+        throw Interrupted{};
+    }
+
+private:
+    using Clock = std::chrono::steady_clock;
+    bool (*interrupted_)();
+    const std::thread::id caller_ = std::this_thread::get_id();
+    Clock::time_point next_ = Clock::now() + std::chrono::milliseconds(100);
+    std::atomic<bool> stopped_{false};
+};
 
 // A linear layer as torch stores it: weight (out, in) row by row, bias (out,) or null.
 struct Layer {
@@ -58,6 +88,7 @@ struct Problem {
     double* t_reached;                                               // (batch,)
     bool record;
     int threads;
+    bool (*interrupted)();  // for `Watch`
 };
 
 struct LayerGradient {
@@ -70,12 +101,15 @@ struct ReverseProblem {
     void* grad_y0;     // (batch, dim)
     std::vector<LayerGradient> layers;
     int threads;
+    bool (*interrupted)();
 };
 
 // The steps of a solve, kept for going back over them.
 struct Recording {
     virtual ~Recording() = default;
     virtual void reverse(const ReverseProblem& problem) const = 0;
+    // The memory that steps take, in bytes; it grows with their number.
+    virtual int64_t bytes() const = 0;
 };
 
 // Solves the problem; returns its recording, empty unless one was asked for.

@@ -9,13 +9,13 @@ struct Simd;
 template <>
 struct Simd<float> {
     typedef float V __attribute__((vector_size(SKNODE_VECTOR_BYTES), may_alias));
-    typedef int32_t I __attribute__((vector_size(SKNODE_VECTOR_BYTES), may_alias));
+    typedef uint32_t I __attribute__((vector_size(SKNODE_VECTOR_BYTES), may_alias));
 };
 
 template <>
 struct Simd<double> {
     typedef double V __attribute__((vector_size(SKNODE_VECTOR_BYTES), may_alias));
-    typedef int64_t I __attribute__((vector_size(SKNODE_VECTOR_BYTES), may_alias));
+    typedef uint64_t I __attribute__((vector_size(SKNODE_VECTOR_BYTES), may_alias));
 };
 
 template <class T>
@@ -50,10 +50,17 @@ static inline Vec<T> larger(Vec<T> x, Vec<T> y) {
     return y > x ? y : x;
 }
 
-// exp by reduction to |r| <= log(2) / 2 and a polynomial; the relative error is about
-// one unit in the last place. Arguments beyond the range give its ends.
-static inline Vec<float> exponential(Vec<float> x) {
-    const auto lo = broadcast<float>(-87.33f), hi = broadcast<float>(88.37f);
+// exp(x) = scale * (1 + rest), with |rest| < 1/2 and scale a power of two.
+template <class T>
+struct Exponential {
+    Vec<T> scale, rest;
+};
+
+// By reduction to |r| <= log(2) / 2 and a polynomial; the relative error is about one
+// unit in the last place. Arguments beyond the range give its ends, where neither exp
+// nor its inverse is subnormal. What is not a number stays so.
+static inline Exponential<float> exponential_parts(Vec<float> x) {
+    const auto lo = broadcast<float>(-87.33f), hi = broadcast<float>(87.33f);
     x = x < lo ? lo : x;
     x = x > hi ? hi : x;
     const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
@@ -66,13 +73,13 @@ static inline Vec<float> exponential(Vec<float> x) {
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    auto bits = (reinterpret_cast<Simd<float>::I&>(shifted) << 23) + (127 << 23);
-    return p * reinterpret_cast<Vec<float>&>(bits);
+    p = p * (r * r) + r;
+    auto bits = (reinterpret_cast<Simd<float>::I&>(shifted) << 23) + (127u << 23);
+    return {reinterpret_cast<Vec<float>&>(bits), p};
 }
 
-static inline Vec<double> exponential(Vec<double> x) {
-    const auto lo = broadcast<double>(-708.39), hi = broadcast<double>(709.43);
+static inline Exponential<double> exponential_parts(Vec<double> x) {
+    const auto lo = broadcast<double>(-708.39), hi = broadcast<double>(708.39);
     x = x < lo ? lo : x;
     x = x > hi ? hi : x;
     const double magic = 6755399441055744.0;  // 1.5 * 2^52
@@ -91,15 +98,28 @@ static inline Vec<double> exponential(Vec<double> x) {
     p = p * r + 1.0 / 24.0;
     p = p * r + 1.0 / 6.0;
     p = p * r + 0.5;
-    p = p * (r * r) + r + 1.0;
+    p = p * (r * r) + r;
     auto bits = (reinterpret_cast<Simd<double>::I&>(shifted) << 52) +
-                (static_cast<int64_t>(1023) << 52);
-    return p * reinterpret_cast<Vec<double>&>(bits);
+                (static_cast<uint64_t>(1023) << 52);
+    return {reinterpret_cast<Vec<double>&>(bits), p};
+}
+
+template <class T>
+static inline Vec<T> exponential(Vec<T> x) {
+    const auto parts = exponential_parts(x);
+    return (parts.rest + T(1)) * parts.scale;
+}
+
+// exp(x) - 1, without cancellation for small x.
+template <class T>
+static inline Vec<T> exponential_minus_one(Vec<T> x) {
+    const auto parts = exponential_parts(x);
+    return parts.rest * parts.scale + (parts.scale - T(1));
 }
 
 template <class T>
 static inline Vec<T> logistic(Vec<T> x) {
-    return T(1) / (T(1) + exponential(-x));
+    return T(1) / (T(1) + exponential<T>(-x));
 }
 
 // log(1 + u) for u in [0, 1], by the series of the inverse hyperbolic tangent.
@@ -138,12 +158,12 @@ static inline Vec<T> activate(Vec<T> z) {
     if constexpr (A == Activation::sigmoid || A == Activation::tanh) {
         return logistic<T>(z);  // the constants of tanh are in the weights
     } else if constexpr (A == Activation::softplus) {
-        Vec<T> u = exponential(z < 0 ? z : -z);
+        Vec<T> u = exponential<T>(z < 0 ? z : -z);
         return z > T(20) ? z : (z < 0 ? Vec<T>{} : z) + log_one_plus<T>(u);
     } else if constexpr (A == Activation::silu) {
         return z * logistic<T>(z);
     } else if constexpr (A == Activation::elu) {
-        return z > 0 ? z : exponential(z) - T(1);
+        return z > 0 ? z : exponential_minus_one<T>(z);
     } else {
         return z < 0 ? Vec<T>{} : z;
     }

@@ -5,37 +5,58 @@
 // The smallest step worth taking, relative to the time.
 constexpr double RESOLUTION = 4 * 2.220446049250313e-16;
 
-// The accepted steps of a tile, every lane's own one after another.
+// An accepted step of every lane, its own one each.
 template <class T>
-struct TileRecord {
+struct Step {
+    T* y;              // (dim, LANES), at the start
+    double *t, *t1;    // (LANES,), ascending
+    int64_t* outputs;  // (LANES,), the first output time of the step
+};
+
+// The accepted steps of a tile, every lane's own ones one after another. They lie in
+// pages that are never moved, so that many steps take no more memory than they need.
+template <class T>
+class TileRecord {
+public:
     int64_t counts[LANES<T>] = {};
-    int64_t size = 0;              // slots in use: the largest count
-    std::vector<T> y;              // (size, dim, LANES), at the start of the step
-    std::vector<double> t, t1;     // (size, LANES), ascending
-    std::vector<int64_t> outputs;  // (size, LANES), the first output time of the step
-    int64_t first_held[LANES<T>] = {};  // output times from here hold the last state
+    int64_t size = 0;                     // steps in use: the largest count
+    int64_t first_held[LANES<T>] = {};    // output times from here hold the last state
     int64_t first_output[LANES<T>] = {};  // those before here hold the first
+
+    Step<T> operator[](int64_t i) const {
+        const Step<T>& page = pages_[i / PAGE];
+        const int64_t at = i % PAGE * LANES<T>;
+        return {page.y + at * dim_, page.t + at, page.t1 + at, page.outputs + at};
+    }
 
     void add(const bool* moved, const T* state, int64_t dim, const double* start,
              const double* end, const int64_t* output) {
+        dim_ = dim;
         for (int l = 0; l < LANES<T>; ++l) {
             if (!moved[l]) continue;
-            const int64_t slot = counts[l]++;
-            if (slot == size) grow(dim);
-            T* to = y.data() + slot * dim * LANES<T> + l;
-            for (int64_t i = 0; i < dim; ++i) to[i * LANES<T>] = state[i * LANES<T> + l];
-            t[slot * LANES<T> + l] = start[l];
-            t1[slot * LANES<T> + l] = end[l];
-            outputs[slot * LANES<T> + l] = output[l];
+            const int64_t i = counts[l]++;
+            if (i == size && size++ % PAGE == 0) add_page();
+            const Step<T> step = (*this)[i];
+            for (int64_t j = 0; j < dim; ++j)
+                step.y[j * LANES<T> + l] = state[j * LANES<T> + l];
+            step.t[l] = start[l], step.t1[l] = end[l], step.outputs[l] = output[l];
         }
     }
 
+    int64_t bytes() const { return states_.bytes() + times_.bytes() + outputs_.bytes(); }
+
 private:
-    void grow(int64_t dim) {
-        ++size;
-        y.resize(size * dim * LANES<T>);
-        t.resize(size * LANES<T>), t1.resize(size * LANES<T>);
-        outputs.resize(size * LANES<T>);
+    static constexpr int64_t PAGE = 8;
+    int64_t dim_ = 0;
+    std::vector<Step<T>> pages_;
+    Arena<T> states_;
+    Arena<double> times_;
+    Arena<int64_t> outputs_;
+
+    void add_page() {
+        constexpr int64_t n = PAGE * LANES<T>;
+        double* t = times_.take(2 * n);
+        pages_.push_back({states_.take(n * dim_), t, t + n, outputs_.take(n)});
     }
 };
 
@@ -77,8 +98,9 @@ static inline double stage_time(double c, double t, double t1) {
 template <Activation A, class T>
 class TileSolver {
 public:
-    TileSolver(const Problem& problem, const Network<T>& network, const Coefficients<T>& rk)
-        : p_(problem), net_(network), rk_(rk), dim_(network.dim),
+    TileSolver(const Problem& problem, const Network<T>& network, const Coefficients<T>& rk,
+               Watch& watch)
+        : p_(problem), net_(network), rk_(rk), watch_(watch), dim_(network.dim),
           size_(network.dim * LANES<T>), evaluator_(network, 1, false) {
         const int64_t wide = network.inputs * LANES<T>;
         y_ = arena_.take(size_), slope_ = arena_.take(size_), y1_ = arena_.take(wide);
@@ -99,6 +121,7 @@ public:
                     if (running_[l]) status_[l] = Status::max_steps;
                 break;
             }
+            watch_.look();
             step(record);
         }
         finish(record);
@@ -108,6 +131,7 @@ private:
     const Problem& p_;
     const Network<T>& net_;
     const Coefficients<T>& rk_;
+    Watch& watch_;
     const int64_t dim_, size_;
     Evaluator<A, T> evaluator_;
     Arena<T> arena_;
@@ -130,9 +154,18 @@ private:
         return static_cast<T*>(p_.y) + ((first_ + lane) * p_.n_times + column) * dim_;
     }
 
-    void write_state(int lane, int64_t column) const {
-        T* to = output(lane, column);
-        for (int64_t i = 0; i < dim_; ++i) to[i] = y_[i * LANES<T> + lane];
+    const T* initial(int lane) const {
+        return static_cast<const T*>(p_.y0) + (first_ + lane) * dim_;
+    }
+
+    // Output times from `column` on hold the last state: of a lane that never moved,
+    // the first, whatever it is.
+    void hold(int lane, int64_t column) const {
+        for (; column < p_.n_times; ++column) {
+            T* to = output(lane, column);
+            for (int64_t i = 0; i < dim_; ++i)
+                to[i] = started_[lane] ? y_[i * LANES<T> + lane] : initial(lane)[i];
+        }
     }
 
     // Put the times of an evaluation in the last row of its input.
@@ -142,10 +175,8 @@ private:
     }
 
     void start() {
-        const T* y0 = static_cast<const T*>(p_.y0);
         for (int l = 0; l < LANES<T>; ++l) {
-            const int64_t sample = first_ + (l < n_ ? l : 0);
-            const Times times(p_, sample);
+            const Times times(p_, first_ + (l < n_ ? l : 0));
             sign_[l] = times.sign;
             t_[l] = times[0], t_end_[l] = l < n_ ? times[times.n - 1] : times[0];
             status_[l] = n_steps_[l] = n_rejected_[l] = n_dense_[l] = 0;
@@ -156,10 +187,9 @@ private:
             output_[l] = std::min(at_start, times.n - 1);
             first_output_[l] = at_start;
             for (int64_t i = 0; i < dim_; ++i)
-                y_[i * LANES<T> + l] = l < n_ ? y0[sample * dim_ + i] : T(0);
-            if (l < n_)
-                for (int64_t c = 0; c < times.n; ++c) write_state(l, c);
-            std::memcpy(state_, y_, size_ * sizeof(T));
+                y_[i * LANES<T> + l] = l < n_ ? initial(l)[i] : T(0);
+            for (int64_t c = 0; l < n_ && c < at_start; ++c)
+                std::memcpy(output(l, c), initial(l), dim_ * sizeof(T));
             set_time(state_, l, t_[l]);
         }
         std::memcpy(state_, y_, size_ * sizeof(T));
@@ -421,8 +451,11 @@ private:
         started_[l] = true;
         if (moved) t_[l] = t1_[l];
         const double floor = std::max(std::fabs(t_[l]) * RESOLUTION, floor_[l]);
+        // the step may have become longer, by rounding or to reach the end: what was
+        // asked for is what has to shrink
+        const double tried = moved ? length_[l] : std::min(length_[l], next_[l]);
         if (adaptive) {
-            next_[l] = std::max(length_[l] * factor(l, ratio), floor);
+            next_[l] = std::max(tried * factor(l, ratio), floor);
             if (moved && control.n_history) {
                 history_[l][1] = history_[l][0];
                 history_[l][0] = std::max(ratio, 1e-4);
@@ -430,7 +463,7 @@ private:
         }
         if (!moved) {
             ++n_rejected_[l];
-            if (!adaptive || length_[l] <= floor * 1.001) {
+            if (!adaptive || tried <= floor * 1.001) {
                 const bool bad = !adaptive || std::isinf(ratio);
                 status_[l] = bad ? Status::non_finite : Status::step_too_small;
                 t_end_[l] = near_end_[l] = t_[l];
@@ -454,8 +487,7 @@ private:
     void finish(TileRecord<T>* record) {
         for (int l = 0; l < n_; ++l) {
             const int64_t sample = first_ + l;
-            if (started_[l] && p_.n_times > 1)
-                for (int64_t c = output_[l]; c < p_.n_times; ++c) write_state(l, c);
+            hold(l, std::max(output_[l], first_output_[l]));
             p_.status[sample] = status_[l];
             p_.n_steps[sample] = n_steps_[l];
             p_.n_rejected[sample] = n_rejected_[l];
@@ -474,9 +506,9 @@ template <Activation A, class T>
 class TileReverse {
 public:
     TileReverse(const Problem& problem, const Network<T>& network, const Coefficients<T>& rk,
-                const ReverseProblem& reverse)
-        : p_(problem), net_(network), rk_(rk), grad_(static_cast<const T*>(reverse.grad)),
-          grad_y0_(static_cast<T*>(reverse.grad_y0)), dim_(network.dim),
+                const ReverseProblem& reverse, Watch& watch)
+        : p_(problem), net_(network), rk_(rk), watch_(watch),
+          grad_(static_cast<const T*>(reverse.grad)), grad_y0_(static_cast<T*>(reverse.grad_y0)), dim_(network.dim),
           size_(network.dim * LANES<T>), wide_(network.inputs * LANES<T>),
           evaluator_(network, rk.n_extended, true) {
         const int n = rk.n_extended;
@@ -497,7 +529,10 @@ public:
         for (int l = 0; l < n_; ++l)
             for (int64_t c = record.first_held[l]; c < p_.n_times; ++c)
                 add_cotangent(l, c);
-        for (int64_t slot = record.size - 1; slot >= 0; --slot) step(record, slot, sums);
+        for (int64_t i = record.size - 1; i >= 0; --i) {
+            watch_.look();
+            step(record, i, sums);
+        }
         for (int l = 0; l < n_; ++l) {
             for (int64_t c = 0; c < record.first_output[l]; ++c) add_cotangent(l, c);
             for (int64_t i = 0; i < dim_; ++i)
@@ -509,6 +544,7 @@ private:
     const Problem& p_;
     const Network<T>& net_;
     const Coefficients<T>& rk_;
+    Watch& watch_;
     const T* grad_;
     T* grad_y0_;
     const int64_t dim_, size_, wide_;
@@ -531,20 +567,17 @@ private:
 
     void step(const TileRecord<T>& record, int64_t slot, std::vector<LayerSum<T>>& sums) {
         constexpr int W = width<T>;
-        const double* t = record.t.data() + slot * LANES<T>;
-        const double* t1 = record.t1.data() + slot * LANES<T>;
+        const auto [y, t, t1, outputs] = record[slot];
         for (int l = 0; l < LANES<T>; ++l)
             h_[l] = static_cast<T>((t1[l] - t[l]) * sign_[l]);
-        const bool dense = gather_outputs(record, slot);
+        const bool dense = gather_outputs(record, slot, t, t1, outputs);
         const int n = dense ? rk_.n_extended : rk_.n_stages - 1;
 
-        const T* y = record.y.data() + slot * size_;
         for (int i = 0; i < n; ++i) {
             T* state = states_ + i * wide_;
             const T* a = rk_.row(i);
             for (int64_t at = 0; at < size_; at += W) {
-                Vec<T> sum;
-                std::memcpy(&sum, y + at, sizeof(sum));  // not aligned
+                Vec<T> sum = load(y + at);
                 for (int j = 0; j < i; ++j) sum += load(k_ + j * size_ + at) * a[j];
                 store(state + at, sum);
             }
@@ -582,22 +615,21 @@ private:
     }
 
     // The cotangents of a step's outputs, by the power of their place in it.
-    bool gather_outputs(const TileRecord<T>& record, int64_t slot) {
+    bool gather_outputs(const TileRecord<T>& record, int64_t slot, const double* t,
+                        const double* t1, const int64_t* outputs) {
         if (p_.n_times <= 2) return false;
         bool any = false;
         for (int l = 0; l < n_; ++l) {
             if (slot >= record.counts[l]) continue;
-            const int64_t from = record.outputs[slot * LANES<T> + l];
-            const int64_t to = slot + 1 < record.counts[l]
-                                   ? record.outputs[(slot + 1) * LANES<T> + l]
-                                   : record.first_held[l];
+            const int64_t from = outputs[l];
+            const int64_t to = slot + 1 < record.counts[l] ? record[slot + 1].outputs[l]
+                                                           : record.first_held[l];
             if (from == to) continue;
             if (!any) std::fill(moments_, moments_ + size_ * (rk_.degree + 1), T(0));
             any = true;
             const Times times(p_, first_ + l);
-            const double t = record.t[slot * LANES<T> + l], t1 = record.t1[slot * LANES<T> + l];
             for (int64_t c = from; c < to; ++c) {
-                const double theta = (times[c] - t) / (t1 - t);
+                const double theta = (times[c] - t[l]) / (t1[l] - t[l]);
                 const T x = static_cast<T>(std::min(std::max(theta, 0.0), 1.0));
                 const T* g = cotangent(l, c);
                 T power = 1;
@@ -612,21 +644,34 @@ private:
 };
 
 // Run `count` jobs on some threads; which thread has which does not matter to them.
-// Threads live for one call: nothing waits in between, and a fork finds none.
+// Threads live for one call: nothing waits in between, and a fork finds none. What one
+// throws ends all and is thrown on.
 template <class Worker>
 static void run_jobs(int64_t count, int threads, const Worker& worker) {
     std::atomic<int64_t> next{0};
+    std::atomic_flag failed = ATOMIC_FLAG_INIT;
+    std::exception_ptr failure;
+    const auto work = [&] {
+        try {
+            worker(next);
+        } catch (...) {
+            next = count;
+            if (!failed.test_and_set()) failure = std::current_exception();
+        }
+    };
     threads = static_cast<int>(std::min<int64_t>(threads, count));
     std::vector<std::thread> others;
+    others.reserve(std::max(threads - 1, 0));
     for (int i = 1; i < threads; ++i) {
         try {
-            others.emplace_back([&] { worker(next); });
-        } catch (const std::system_error&) {
+            others.emplace_back(work);
+        } catch (const std::exception&) {
             break;  // fewer threads then
         }
     }
-    worker(next);
+    work();
     for (std::thread& thread : others) thread.join();
+    if (failure) std::rethrow_exception(failure);
 }
 
 template <Activation A, class T>
@@ -636,16 +681,33 @@ public:
         : p_(problem), net_(problem.model), rk_(problem.tableau),
           tiles_((problem.batch + LANES<T> - 1) / LANES<T>) {
         if (problem.record) records_.resize(tiles_);
-        run_jobs(tiles_, problem.threads, Forward{*this});
+        Watch watch(problem.interrupted);
+        run_jobs(tiles_, problem.threads, [&](std::atomic<int64_t>& next) {
+            TileSolver<A, T> solver(p_, net_, rk_, watch);
+            for (int64_t i = next++; i < tiles_; i = next++)
+                solver.solve(i * LANES<T>, problem.record ? &records_[i] : nullptr);
+        });
     }
 
     void reverse(const ReverseProblem& problem) const override {
         // A chunk is summed up by one thread, chunks are summed up in their order: the
         // result is the same for any number of threads.
-        const int64_t chunks = std::min<int64_t>(tiles_, 16);
+        const int64_t size = net_.parameters() * static_cast<int64_t>(sizeof(T));
+        const int64_t most = std::max<int64_t>(CHUNK_BYTES / size, 1);
+        const int64_t chunks = std::min({tiles_, int64_t{16}, most});
         std::vector<Arena<T>> arenas(chunks);
         std::vector<std::vector<LayerSum<T>>> sums(chunks);
-        run_jobs(chunks, problem.threads, Backward{*this, problem, chunks, arenas, sums});
+        Watch watch(problem.interrupted);
+        run_jobs(chunks, problem.threads, [&](std::atomic<int64_t>& next) {
+            TileReverse<A, T> tile(p_, net_, rk_, problem, watch);
+            for (int64_t c = next++; c < chunks; c = next++) {
+                for (size_t l = 0; l < net_.depth(); ++l)
+                    sums[c].emplace_back(net_.out(l), net_.in(l), arenas[c]);
+                const int64_t end = tiles_ * (c + 1) / chunks;
+                for (int64_t i = tiles_ * c / chunks; i < end; ++i)
+                    tile.reverse(i * LANES<T>, records_[i], sums[c]);
+            }
+        });
         for (int64_t c = 1; c < chunks; ++c)
             for (size_t l = 0; l < net_.depth(); ++l) {
                 LayerSum<T>&to = sums[0][l], &from = sums[c][l];
@@ -655,39 +717,21 @@ public:
         net_.unfold(sums[0], problem.layers);
     }
 
+    int64_t bytes() const override {
+        int64_t total = 0;
+        for (const TileRecord<T>& record : records_) total += record.bytes();
+        return total;
+    }
+
 private:
+    // all chunks together sum up in no more memory than this, if there are several
+    static constexpr int64_t CHUNK_BYTES = int64_t{1} << 27;
+
     Problem p_;
     Network<T> net_;
     Coefficients<T> rk_;
     int64_t tiles_;
     std::vector<TileRecord<T>> records_;
-
-    struct Forward {
-        TiledRecording& self;
-        void operator()(std::atomic<int64_t>& next) const {
-            TileSolver<A, T> solver(self.p_, self.net_, self.rk_);
-            for (int64_t i = next++; i < self.tiles_; i = next++)
-                solver.solve(i * LANES<T>, self.records_.empty() ? nullptr : &self.records_[i]);
-        }
-    };
-
-    struct Backward {
-        const TiledRecording& self;
-        const ReverseProblem& problem;
-        int64_t chunks;
-        std::vector<Arena<T>>& arenas;
-        std::vector<std::vector<LayerSum<T>>>& sums;
-        void operator()(std::atomic<int64_t>& next) const {
-            TileReverse<A, T> tile(self.p_, self.net_, self.rk_, problem);
-            for (int64_t c = next++; c < chunks; c = next++) {
-                for (size_t l = 0; l < self.net_.depth(); ++l)
-                    sums[c].emplace_back(self.net_.out(l), self.net_.in(l), arenas[c]);
-                const int64_t end = self.tiles_ * (c + 1) / chunks;
-                for (int64_t i = self.tiles_ * c / chunks; i < end; ++i)
-                    tile.reverse(i * LANES<T>, self.records_[i], sums[c]);
-            }
-        }
-    };
 };
 
 template <Activation A, class T>

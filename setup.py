@@ -1,0 +1,34 @@
+"""The compiled part of the package; everything else is in pyproject.toml.
+
+Setuptools' way to declare it there is still experimental and warns in every build.
+"""
+
+from setuptools import Extension, setup
+
+SOURCES = "sknode/ode/kernels/src"
+UNITS = ("module", "baseline", "avx2", "avx512")
+HEADERS = ("standard", "problem", "simd", "network", "solve")
+
+kernels = Extension(
+    "sknode.ode.kernels._native",
+    sources=[f"{SOURCES}/{name}.cpp" for name in UNITS],
+    depends=[f"{SOURCES}/{name}.h" for name in HEADERS],
+    language="c++",
+    # vector extensions of GCC and clang; code for other instruction sets than the
+    # compiler's default is in units of its own and chosen at run time
+    extra_compile_args=[
+        "-std=c++17",
+        "-O3",
+        "-g0",
+        "-fno-math-errno",
+        "-ffp-contract=fast",
+        "-Wno-psabi",
+        "-pthread",
+    ],
+    extra_link_args=["-pthread"],
+    py_limited_api=True,
+    # without a compiler that can do this, the installation goes on and torch serves
+    optional=True,
+)
+
+setup(ext_modules=[kernels], options={"bdist_wheel": {"py_limited_api": "cp311"}})
