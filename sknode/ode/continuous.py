@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sknode.ode import kernels
 from sknode.ode.gradients import Run, dot
 from sknode.ode.integrate import Grid, Options, Stops, Trace, integrate, to_device
 from sknode.ode.solution import Solution, SolverError
@@ -77,16 +78,8 @@ class _ContinuousAdjoint(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         y, times, *_ = ctx.saved_tensors
-        field = ctx.run.field
-        field.prepare()
-        field.begin_reverse()
         back = _Backward(ctx.run, y, times, grad, ctx.needs_input_grad[2])
-        grad_y0, grad_times = back.solve()
-        parameters = field.parameter_gradients()
-        if back.undefined:
-            # as autograd does with cotangents that are not numbers
-            parameters = [p if p is None else p * torch.nan for p in parameters]
-        return None, grad_y0, grad_times, *parameters
+        return None, *back.solve()
 
 
 class _Backward:
@@ -123,21 +116,43 @@ class _Backward:
         self.inverse = to_device(1 / self.scale, y)[:, None]
         self.grad_times = times.new_zeros(n_lanes, self.n_times) if need_times else None
 
-    def solve(self) -> tuple[Tensor, Tensor | None]:
-        """Return the cotangents of the initial states and of the output times."""
-        end = self._sum(self.held)
-        a = end
+    def solve(self) -> list[Tensor | None]:
+        """Return the cotangents of initial states, output times and parameters."""
+        run, field = self.run, self.run.field
+        # the kernels do not give gradients to the times
+        fused = run.fused and kernels.serves(
+            field, self.y[:, 0], self.times, run.adjoint
+        )
+        end = a = self._sum(self.held)
+        if self.active.any() and fused:
+            trace, found, parameters = kernels.adjoint(
+                field.network,
+                self.y,
+                run.times,
+                run.adjoint,
+                self.grad,
+                run.trace.t_reached,
+                self.active * self.scale,
+            )
+            self._check(trace)
+        else:
+            field.prepare()
+            field.begin_reverse()
+            if self.active.any():
+                trace = self._integrate(end)
+                found = trace.y[:, -1, self.n :] / self.inverse
+            parameters = field.parameter_gradients()
         if self.active.any():
-            trace = self._integrate(end)
-            active = self._tensor(self.active)[:, None]
-            found = trace.y[:, -1, self.n :] / self.inverse
-            a = torch.where(active, found, end)
+            a = torch.where(self._tensor(self.active)[:, None], found, end)
             if self.grad_times is not None:
                 self._end_times(trace.k0[:, : self.n])
         if self.grad_times is not None:
             self._start_times(a)
-        grad_y0 = a + self._sum(self.at_start)
-        return grad_y0 + self.nan, self._times_gradient()
+        if self.undefined:
+            # as autograd does with cotangents that are not numbers
+            parameters = [p if p is None else p * torch.nan for p in parameters]
+        grad_y0 = a + self._sum(self.at_start) + self.nan
+        return [grad_y0, self._times_gradient(), *parameters]
 
     def _tensor(self, values: np.ndarray, dtype=None) -> Tensor:
         return torch.from_numpy(np.array(values)).to(self.y.device, dtype)
@@ -168,8 +183,7 @@ class _Backward:
         trace = integrate(
             self.field, state, self.grid, _augmented(options, self.n, make_stepper)
         )
-        if trace.status.any():
-            raise SolverError(self._failure(trace))
+        self._check(trace)
         return trace
 
     def _grid(self) -> Grid:
@@ -252,8 +266,10 @@ class _Backward:
         total = total + self.nan.to(total.dtype)
         return total if self.times.ndim == 2 else total.sum(0)
 
-    def _failure(self, trace: Trace) -> str:
-        """Say why the gradient cannot be had."""
+    def _check(self, trace: Trace) -> None:
+        """Raise if the solve failed: what it would lead to is no gradient."""
+        if not trace.status.any():
+            return
         report = Solution(
             t=self.times,
             y=self.y,
@@ -261,7 +277,7 @@ class _Backward:
             stats={},
             t_reached=torch.from_numpy(trace.t_reached.copy()),
         ).failure_report()
-        return (
+        raise SolverError(
             "The solve backwards in time, for gradient='continuous', failed: "
             f"{report} gradient='discrete' goes back over the steps that were taken "
             "and cannot fail."

@@ -427,12 +427,54 @@ public:
         }
     }
 
+    // The same for n stages from one on, with weights of shape (n, LANES).
+    void accumulate(std::vector<LayerSum<T>>& sums, const T* states, const T* cotangents,
+                    int from, int n, const T* weights) {
+        if (!weighted_) weighted_ = arena_.take(net_.widest() * LANES<T> * n_stages_);
+        const size_t last = net_.depth() - 1;
+        for (size_t l = 0; l <= last; ++l) {
+            const int64_t size = net_.out(l) * LANES<T>;
+            const T* delta = (l < last ? deltas_[l] : cotangents) + from * size;
+            for (int s = 0; s < n; ++s)
+                for (int64_t i = 0; i < size; i += width<T>)
+                    store(weighted_ + s * size + i,
+                          load(delta + s * size + i) *
+                              load(weights + s * LANES<T> + i % LANES<T>));
+            const T* x = l > 0 ? values_[l - 1] : states;
+            sums[l].add(weighted_, x + from * net_.in(l) * LANES<T>, n, turned_);
+        }
+    }
+
+    // Copy what a stage keeps of a lane to another stage.
+    void copy(int from, int to, int lane) {
+        for_each_kept([&](T* memory, int64_t rows) {
+            const T* source = memory + from * rows * LANES<T> + lane;
+            T* target = memory + to * rows * LANES<T> + lane;
+            for (int64_t i = 0; i < rows; ++i) target[i * LANES<T>] = source[i * LANES<T>];
+        });
+    }
+
+    // Forget what a stage keeps of a lane.
+    void clear(int stage, int lane) {
+        for_each_kept([&](T* memory, int64_t rows) {
+            T* target = memory + stage * rows * LANES<T> + lane;
+            for (int64_t i = 0; i < rows; ++i) target[i * LANES<T>] = T(0);
+        });
+    }
+
 private:
     const Network<T>& net_;
     int n_stages_;
     Arena<T> arena_;
-    T *ping_, *pong_, *turned_ = nullptr;
+    T *ping_, *pong_, *turned_ = nullptr, *weighted_ = nullptr;
     std::vector<T*> values_, arguments_, deltas_;
+
+    template <class Action>
+    void for_each_kept(const Action& action) {
+        for (size_t l = 0; l + 1 < net_.depth(); ++l)
+            for (T* memory : {values_[l], arguments_[l], deltas_[l]})
+                if (memory) action(memory, net_.out(l));
+    }
 
     T* at(T* memory, size_t layer, int stage) const {
         return memory + stage * net_.out(layer) * LANES<T>;
