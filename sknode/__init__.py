@@ -8,11 +8,14 @@ from importlib import import_module
 
 from sknode._version import __version__
 
-__all__ = ["ODENetClassifier", "__version__", "fields", "ode"]
+__all__ = ["ODENetClassifier", "__version__", "fields", "ode", "show_versions"]
 
 # Loaded when first asked for: a torch user who wants the solver does not wait for
 # scikit-learn, and importing the package costs next to nothing.
-_HOME = {"ODENetClassifier": "sknode.odenet"}
+_HOME = {
+    "ODENetClassifier": "sknode.odenet",
+    "show_versions": "sknode._show_versions",
+}
 
 
 def __getattr__(name):

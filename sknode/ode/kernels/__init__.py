@@ -25,10 +25,13 @@ from sknode.ode.runge_kutta import count_evaluations
 from sknode.ode.tableaus import Tableau
 from sknode.ode.vector_field import BoundField, Perceptron
 
+why_not = "they were not built, for want of a compiler"
 try:
-    from sknode.ode.kernels import _native
-except ImportError:  # built without a compiler
+    import sknode.ode.kernels._native as _native
+except ImportError as error:
     _native = None
+    if not isinstance(error, ModuleNotFoundError):  # built, but not for this system
+        why_not = str(error)
 
 __all__ = [
     "Recorded",
@@ -187,9 +190,9 @@ def _shapes(network: Perceptron, n_in: int) -> Iterator[tuple[Tensor, tuple[int,
 @cache
 def _say_that_there_are_none() -> None:
     logger.info(
-        "sknode was installed without its compiled kernels, as there was no compiler "
-        "that could build them: torch solves small networks more slowly. See "
-        "sknode.show_versions()."
+        "sknode works without its compiled kernels (%s): torch solves small networks, "
+        "more slowly. See sknode.show_versions().",
+        why_not,
     )
 
 

@@ -1,4 +1,4 @@
-"""A sample's result is its own: not that of its neighbours, of its place, of threads."""
+"""A result is its sample's own: neighbours, place and threads do not matter to it."""
 
 import pytest
 import torch

@@ -60,7 +60,7 @@ public:
         Py_ssize_t size = 0;
         if (!x || PyBytes_AsStringAndSize(x, &data, &size) < 0) return {};
         std::vector<double> values(size / sizeof(double));
-        std::memcpy(values.data(), data, values.size() * sizeof(double));
+        if (size) std::memcpy(values.data(), data, values.size() * sizeof(double));
         return values;
     }
     Py_ssize_t size() const { return PyTuple_Size(tuple_); }

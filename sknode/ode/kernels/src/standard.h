@@ -1,6 +1,10 @@
 // What the kernels need of the standard library.
 #pragma once
 
+#if !defined(__GNUC__)
+#error "the kernels are written in the vector extensions of GCC and clang"
+#endif
+
 #if defined(__x86_64__) || defined(__i386__)
 #define SKNODE_X86
 #endif
