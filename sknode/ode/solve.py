@@ -75,8 +75,10 @@ def solve_ode(
     step_control : {"per_sample", "shared"}, default="per_sample"
         "shared" treats the whole batch as one system, with one step size; for fields
         that couple the samples.
-    gradient : {"discrete", "backprop"}, default="discrete"
+    gradient : {"discrete", "continuous", "backprop"}, default="discrete"
         "discrete": the exact reverse of the steps taken, keeping the state of each.
+        "continuous": the adjoint equation, solved backwards in time with the same
+        settings, keeping the outputs only; as accurate as the tolerance.
         "backprop": torch's autograd through the same steps, keeping everything;
         can be differentiated twice.
     max_steps : int, default=10000
@@ -106,6 +108,8 @@ def solve_ode(
     ------
     ValueError, TypeError
         If an argument is not usable; the message names it.
+    SolverError
+        In the backward pass of ``gradient="continuous"``, if the solve backwards fails.
 
     Warns
     -----
@@ -126,6 +130,8 @@ def solve_ode(
     ----------
     Chen, Rubanova, Bettencourt & Duvenaud, "Neural Ordinary Differential Equations",
     NeurIPS 2018.
+    Kidger, Chen & Lyons, "'Hey, that's not an ODE': faster ODE adjoints via seminorms",
+    ICML 2021.
     Hairer, Norsett & Wanner, "Solving Ordinary Differential Equations I", 2nd edition,
     Springer 1993.
 

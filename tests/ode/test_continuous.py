@@ -371,6 +371,95 @@ def test_other_settings_for_the_solve_backwards(y0, recorder):
     assert calls[1] < calls[0] / 2
 
 
+@pytest.mark.parametrize("times", [x for x in TIMES if x != "rows"])
+@pytest.mark.parametrize("method", ["dopri5", "dopri8", "bosh3", "rk4", "euler"])
+def test_kernels_and_torch_agree(method, times, make_mlp, random):
+    field = make_mlp(3, (17, 5), activation="silu", time_dependent=True)
+    y0, t = random(37, 3).requires_grad_(), TIMES[times]
+    inputs = (y0, *field.parameters())
+    settings = {"method": method, "gradient": "continuous", "rtol": 1e-6, "atol": 1e-7}
+    if method in ("rk4", "euler"):
+        settings["step_size"] = 0.07
+
+    def gradient():
+        y = solve_ode(field, y0, t, **settings).y
+        weigh = torch.cos(torch.arange(y.numel()).double()).view_as(y)
+        weigh[3] = 0  # a sample that stays
+        return torch.autograd.grad((weigh * y).sum(), inputs)
+
+    with kernels.reference():
+        expected = gradient()
+    for name in kernels.instruction_sets():
+        with kernels.use(name):
+            assert_all_close(gradient(), expected, 1e-8)
+
+
+def test_kernels_and_torch_agree_on_rows_and_their_own_numbers(make_mlp, random):
+    field, y0 = make_mlp(2, (9,), gain=3.0), random(40, 2).requires_grad_()
+    t = TIMES["rows"].repeat(8, 1) * (1 + 0.01 * torch.arange(40).double()[:, None])
+    inputs = (y0, *field.parameters())
+    weigh = random(40, 5, 2, seed=5)
+
+    def gradient(y0, t, weigh, inputs):
+        y = solve_ode(field, y0, t, gradient="continuous").y
+        return torch.autograd.grad((weigh * y).sum(), inputs)
+
+    with kernels.reference():
+        expected = gradient(y0, t, weigh, inputs)
+    for name in kernels.instruction_sets():
+        with kernels.use(name):
+            found = gradient(y0, t, weigh, inputs)
+            assert_all_close(found, expected, 1e-8)
+            # not a bit depends on the samples beside it
+            some = torch.tensor([3, 20, 38])
+            alone = gradient(y0[some], t[some], weigh[some], [y0])
+            assert torch.equal(alone[0][some], found[0][some])
+
+
+def test_kernels_do_not_depend_on_the_number_of_threads(make_mlp, random):
+    field, y0 = make_mlp(4, (32, 32)), random(500, 4).requires_grad_()
+    inputs, before = (y0, *field.parameters()), torch.get_num_threads()
+
+    def gradient(threads):
+        torch.set_num_threads(threads)
+        y = solve_ode(field, y0, TIMES["forwards"], gradient="continuous").y
+        return torch.autograd.grad(y.sum(), inputs)
+
+    try:
+        one, two = gradient(1), gradient(2)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("name", [*kernels.instruction_sets(), "reference"])
+def test_rejected_steps_without_numbers_leave_no_trace_in_an_mlp(name):
+    # A rotation, with a wall at y1 = 1 beyond which everything overflows. Half of
+    # the samples pass just before it, where steps may lead beyond; the others step on.
+    field = MLPField(2, (5,), activation="relu").double()
+    one, two = field.layers
+    with torch.no_grad():
+        one.weight.copy_(torch.tensor([[1, 0], [-1, 0], [0, 1], [0, -1], [1, 0]]))
+        one.bias.copy_(torch.tensor([0, 0, 0, 0, -1]))
+        two.weight.copy_(torch.tensor([[0, 0, -1, 1, 0], [1, -1, 0, 0, 0]]))
+        two.weight[0, 4] = 1e200
+        two.bias.zero_()
+    start = torch.linspace(-1, 0, 16, dtype=torch.float64).repeat(2)
+    radius = torch.tensor([1 - 1e-5, 0.1]).double().repeat_interleave(16)
+    y0 = radius[:, None] * torch.stack([start.cos(), start.sin()], 1)
+    y0.requires_grad_()
+    # whose second stage is that of Euler's method, outside the circle
+    adjoint = {"method": "bosh3", "rtol": 1e-4, "atol": 1e-4}
+    settings = {"gradient": "continuous", "adjoint": adjoint}
+    with kernels.use(name):
+        y = solve(field, y0, torch.tensor([0.0, 1.0]), **settings).y
+        found = torch.autograd.grad(y[:, -1].sum(), (y0, *field.parameters()))
+    # the transpose of the rotation by one radian
+    turned = torch.tensor([np.cos(1) + np.sin(1), np.cos(1) - np.sin(1)]).double()
+    torch.testing.assert_close(found[0], turned.expand(32, 2), rtol=1e-2, atol=1e-2)
+    assert all(g.isfinite().all() for g in found)
+
+
 def peak_memory(job):
     """Return the most bytes that torch held for a job at any one time."""
     gc.collect()

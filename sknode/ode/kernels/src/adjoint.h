@@ -72,6 +72,7 @@ private:
     int64_t first_ = 0;
     int n_ = 0;
     double scale_[LANES<T>];
+    T inverse_[LANES<T>];
     int64_t column_[LANES<T>], lowest_[LANES<T>];  // the next inner output, and the last
 
     bool active(int lane) const { return lane < n_ && a_.scale[first_ + lane] > 0; }
@@ -97,9 +98,8 @@ private:
     void add(int lane, int64_t column) {
         const T* g = static_cast<const T*>(a_.grad) +
                    ((first_ + lane) * p_.n_times + column) * dim_;
-        const T inverse = static_cast<T>(1 / scale_[lane]);
         for (int64_t i = 0; i < dim_; ++i)
-            y_[half_ + i * LANES<T> + lane] += g[i] * inverse;
+            y_[half_ + i * LANES<T> + lane] += g[i] * inverse_[lane];
     }
 
     void set_state(int lane, int64_t column) {
@@ -113,6 +113,7 @@ private:
         while (one < n_ && !active(one)) ++one;
         if (one == n_) return false;
         std::fill(y_, y_ + size_, T(0));
+        slots_.swapped = false;
         for (int lane = 0; lane < LANES<T>; ++lane) {
             // lanes that stay are a copy of one that does not: the field is defined there
             const bool goes = active(lane);
@@ -122,6 +123,7 @@ private:
             t_[lane] = -a_.last[first_ + l] * times.sign;
             t_end_[lane] = goes ? -times[0] : t_[lane];
             scale_[lane] = goes ? a_.scale[first_ + l] : 1.0;
+            inverse_[lane] = static_cast<T>(1 / scale_[lane]);
             int64_t column = times.n - 1;
             const T* y = output(l, column);
             for (int64_t i = 0; i < dim_; ++i) y_[i * LANES<T> + lane] = y[i];

@@ -223,23 +223,104 @@ private:
     int n_ = 0;
 };
 
-// The gradient of one layer, summed over the samples of a block.
+// sums (R x C registers) += delta * x over stages and lanes, lane by lane.
+template <int R, int C, class T>
+static inline void lanes_block(const T* delta, int64_t delta_stage, const T* x,
+                               int64_t x_stage, int n_stages, T* sums, int64_t stride) {
+    constexpr int W = width<T>;
+    Vec<T> sum[R][C];
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) sum[r][c] = load(sums + r * stride + c * W);
+    for (int s = 0; s < n_stages; ++s)
+        for (int g = 0; g < LANES<T>; g += W) {
+            Vec<T> value[C];
+            for (int c = 0; c < C; ++c) value[c] = load(x + s * x_stage + c * LANES<T> + g);
+            for (int r = 0; r < R; ++r) {
+                const Vec<T> d = load(delta + s * delta_stage + r * LANES<T> + g);
+                for (int c = 0; c < C; ++c) sum[r][c] += d * value[c];
+            }
+        }
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) store(sums + r * stride + c * W, sum[r][c]);
+}
+
+template <int R, class T>
+static void lanes_rows(int64_t cols, const T* delta, int64_t delta_stage, const T* x,
+                       int64_t x_stage, int n_stages, T* sums, int64_t stride) {
+    int64_t c = 0;
+    for (; c + 4 <= cols; c += 4)
+        lanes_block<R, 4>(delta, delta_stage, x + c * LANES<T>, x_stage, n_stages,
+                          sums + c * width<T>, stride);
+    for (; c < cols; ++c)
+        lanes_block<R, 1>(delta, delta_stage, x + c * LANES<T>, x_stage, n_stages,
+                          sums + c * width<T>, stride);
+}
+
+// The gradient of one layer, summed over the samples of a block. Small layers keep a
+// register for every weight, which is only summed up by `finish`.
 template <class T>
 struct LayerSum {
     int64_t rows, cols, stride;
+    bool small;   // whether there is a register for every weight
     bool turned;  // whether the sum runs along registers of inputs or of lanes
-    T *weight, *bias;
+    T *weight, *bias, *lanes = nullptr, *bias_lanes = nullptr;
 
     LayerSum(int64_t rows, int64_t cols, Arena<T>& arena) : rows(rows), cols(cols) {
         stride = (cols + width<T> - 1) / width<T> * width<T>;
+        small = rows * cols * SKNODE_VECTOR_BYTES <= SMALL_BYTES;
         // turning the inputs pays where there are many outputs and some inputs
         turned = rows >= 8 && cols >= width<T> / 4;
         weight = arena.take(rows * stride);
         bias = arena.take(rows);
+        if (!small) return;
+        lanes = arena.take(rows * cols * width<T>);
+        bias_lanes = arena.take(rows * width<T>);
     }
 
     // Add the stages of a step: delta (stages, rows, LANES), x (stages, cols, LANES).
     void add(const T* delta, const T* x, int n_stages, T* scratch) {
+        if (small)
+            add_small(delta, x, n_stages);
+        else
+            add_large(delta, x, n_stages, scratch);
+    }
+
+    // All has been added.
+    void finish() {
+        if (!small) return;
+        Totals<T> totals;
+        for (int64_t r = 0; r < rows; ++r) {
+            totals.add(load(bias_lanes + r * width<T>), bias + r);
+            for (int64_t c = 0; c < cols; ++c)
+                totals.add(load(lanes + (r * cols + c) * width<T>), weight + r * stride + c);
+        }
+        totals.flush();
+    }
+
+private:
+    // a part of the second-level cache
+    static constexpr int64_t SMALL_BYTES = 1 << 17;
+
+    void add_small(const T* delta, const T* x, int n_stages) {
+        constexpr int W = width<T>, R = SKNODE_REGISTERS == 32 ? 4 : 2;
+        const int64_t delta_stage = rows * LANES<T>, x_stage = cols * LANES<T>;
+        int64_t r = 0;
+        for (; r + R <= rows; r += R)
+            lanes_rows<R>(cols, delta + r * LANES<T>, delta_stage, x, x_stage, n_stages,
+                          lanes + r * cols * W, cols * W);
+        for (; r < rows; ++r)
+            lanes_rows<1>(cols, delta + r * LANES<T>, delta_stage, x, x_stage, n_stages,
+                          lanes + r * cols * W, cols * W);
+        for (r = 0; r < rows; ++r) {
+            Vec<T> sum = load(bias_lanes + r * W);
+            for (int s = 0; s < n_stages; ++s)
+                for (int g = 0; g < LANES<T>; g += W)
+                    sum += load(delta + s * delta_stage + r * LANES<T> + g);
+            store(bias_lanes + r * W, sum);
+        }
+    }
+
+    void add_large(const T* delta, const T* x, int n_stages, T* scratch) {
         constexpr int W = width<T>;
         const int64_t delta_stage = rows * LANES<T>, x_stage = cols * LANES<T>;
         Totals<T> totals;

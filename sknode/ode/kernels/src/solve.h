@@ -415,6 +415,7 @@ public:
             sums_[c].emplace_back(net_.out(l), net_.in(l), arenas_[c]);
         const int64_t end = tiles_ * (c + 1) / chunks();
         for (int64_t i = tiles_ * c / chunks(); i < end; ++i) tile(i, sums_[c]);
+        for (LayerSum<T>& sum : sums_[c]) sum.finish();
     }
 
     const std::vector<LayerSum<T>>& total() {
