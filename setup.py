@@ -7,7 +7,7 @@ from setuptools import Extension, setup
 
 SOURCES = "sknode/ode/kernels/src"
 UNITS = ("module", "baseline", "avx2", "avx512")
-HEADERS = ("standard", "problem", "simd", "network", "solve")
+HEADERS = ("standard", "problem", "simd", "network", "stepper", "solve", "adjoint")
 
 kernels = Extension(
     "sknode.ode.kernels._native",

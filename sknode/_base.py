@@ -35,7 +35,7 @@ SHARED_CONSTRAINTS = {
     "atol": [Interval(Real, 0, None, closed="left")],
     "max_steps": [Interval(Integral, 1, None, closed="left")],
     "step_size": [Interval(Real, 0, 1, closed="right")],
-    "gradient": [StrOptions({"discrete", "backprop"})],
+    "gradient": [StrOptions({"discrete", "continuous", "backprop"})],
     "optimizer": [StrOptions({"adam"})],
     "alpha": [Interval(Real, 0, None, closed="left")],
     "batch_size": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left")],

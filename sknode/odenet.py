@@ -68,9 +68,10 @@ class ODENetClassifier(ClassifierMixin, BaseODEEstimator):
         Steps that the solver may attempt for a sample.
     step_size : float, default=0.1
         Length of the steps of the solvers without error estimate; the interval is 1.
-    gradient : {"discrete", "backprop"}, default="discrete"
+    gradient : {"discrete", "continuous", "backprop"}, default="discrete"
         How to differentiate the solver: the exact reverse of its steps, in the memory
-        of the states, or torch's autograd through all its operations.
+        of the states; a second solve backwards in time, in memory that does not grow
+        with the steps; or torch's autograd through all operations.
     optimizer : {"adam"}, default="adam"
         Training algorithm.
     alpha : float, default=1e-4

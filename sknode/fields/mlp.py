@@ -301,7 +301,7 @@ class MLPClosedForm:
         self._gradients = [torch.zeros_like(w) for w in self.weights]
         self._bias_gradients = [torch.zeros_like(b) for b in self.biases]
         self._time_gradient = torch.zeros_like(self.biases[0])
-        self._times: list[Tensor] = []
+        self._times: dict[int, Tensor] = {}
 
     def _memory(self, stage: int, y: Tensor) -> _Stages:
         """Return the memory for what stages keep, enough for this one."""
@@ -319,9 +319,7 @@ class MLPClosedForm:
         self._check(y)
         memory = self._memory(stage, y)
         if t is not None:
-            if stage == 0:
-                self._times = []
-            self._times.append(t)
+            self._times[stage] = t
         s, kernel = y, self.activation.kernel
         values, arguments = memory.values[stage], memory.arguments[stage]
         for i, (z, value) in enumerate(zip(arguments, values, strict=True)):
@@ -347,22 +345,35 @@ class MLPClosedForm:
         grad_t = torch.mv(delta, self.time_weight)
         return grad_t if self._times[stage].ndim else grad_t.sum()
 
+    def pullback_state(self, stage, cotangent, out):
+        """Write the cotangent of y; what is needed further is kept anyway."""
+        self.pullback(stage, cotangent, False, out)
+
     def flush(self, states, cotangents):
-        """Add up the parameter gradients of all stages, one product a layer."""
+        """Add up the parameter gradients of all stages."""
         n, rows = states.shape[:2]
-        memory = self._kept[rows]
-        inputs = [
-            states.flatten(0, 1),
-            *(v[:n].flatten(0, 1) for v in memory.all_values),
-        ]
-        deltas = [v[:n].flatten(0, 1) for v in memory.all_cotangents]
-        deltas.append(cotangents.flatten(0, 1))
+        self._add(states, [*self._deltas(n, rows), cotangents])
+
+    def accumulate(self, stages, states, cotangents, weights):
+        """Add up weighted parameter gradients: they are linear in the cotangents."""
+        n, rows = states.shape[:2]
+        deltas = (*self._deltas(n, rows), cotangents)
+        self._add(states, [delta * weights for delta in deltas])
+
+    def _deltas(self, n: int, rows: int) -> list[Tensor]:
+        return [v[:n] for v in self._kept[rows].all_cotangents]
+
+    def _add(self, states: Tensor, deltas: list[Tensor]) -> None:
+        """Add the gradients of the first stages, one product a layer."""
+        n, rows = states.shape[:2]
+        inputs = [states, *(v[:n] for v in self._kept[rows].all_values)]
         for i, (delta, s) in enumerate(zip(deltas, inputs, strict=True)):
-            self._gradients[i].addmm_(delta.t(), s)
+            delta = delta.flatten(0, 1)
+            self._gradients[i].addmm_(delta.t(), s.flatten(0, 1))
             self._bias_gradients[i] += delta.sum(0)
         if self.uses_time:
-            for one, t in zip(memory.all_cotangents[0], self._times, strict=False):
-                self._time_gradient += (one * t).sum(0)
+            for stage in range(n):
+                self._time_gradient += (deltas[0][stage] * self._times[stage]).sum(0)
 
     def parameter_gradients(self):
         """Return the gradients, unfolded to those of the layers."""

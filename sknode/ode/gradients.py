@@ -43,7 +43,7 @@ from sknode.ode.runge_kutta import StageBuffer, StageTimes, powers
 from sknode.ode.tape import Tape
 from sknode.ode.vector_field import BoundField
 
-__all__ = ["Run", "discrete_adjoint", "replay"]
+__all__ = ["Run", "discrete_adjoint", "dot", "replay"]
 
 # Steps that are reversed by autograd together: how many, and how many numbers.
 LONGEST_TAPE = 16
@@ -59,6 +59,7 @@ class Run:
     times: np.ndarray
     options: Options
     stops: Stops | None = None
+    adjoint: Options | None = None  # for a solve backwards
     fused: bool = False  # by a kernel
     k0: Tensor | None = None
     trace: Trace | None = None
@@ -101,7 +102,7 @@ def discrete_adjoint(run: Run, y0: Tensor, times: Tensor) -> Tensor:
     return _DiscreteAdjoint.apply(run, y0, times, *run.field.parameters)
 
 
-def _dot(cotangent: Tensor, value: Tensor) -> Tensor:
+def dot(cotangent: Tensor, value: Tensor) -> Tensor:
     """Return the cotangent of a real factor of value, summed over the last axis."""
     if cotangent.is_complex():
         return (cotangent * value.conj()).real.sum(-1)
@@ -228,7 +229,7 @@ class _Sweep:
         total = self.grad_times[:n_lanes, :-1]
         if total.shape[1] > 1:
             # the first time once more, before any step, still has a slope
-            slopes = _dot(self.grad, self.trace.k0[:, None, :])
+            slopes = dot(self.grad, self.trace.k0[:, None, :])
             slopes = torch.where(self._tensor(self.trace.at_start), slopes, 0.0)
             slopes[:, 0] = -slopes[:, 1:].sum(1)
             total = total + slopes.to(total.dtype)
@@ -327,7 +328,7 @@ class _RungeKuttaSweep(_Sweep):
             torch.mul(cotangent, h, out=kappa.rows[i])
             time = field.pullback(i, kappa.rows[i], need_times, stack.rows[m])
             if need_times:
-                by_length = by_length + _dot(cotangent, k.rows[i])
+                by_length = by_length + dot(cotangent, k.rows[i])
                 if time is not None:
                     c = coefficients.c[i]
                     by_start = by_start + (1 - c) * time
@@ -358,7 +359,7 @@ class _RungeKuttaSweep(_Sweep):
         if record.outputs is not None:
             lanes, columns, theta = record.outputs
             slope = self._dense_slope(k, lanes, theta) / h[lanes, None]
-            moved = _dot(self.grad[rows[lanes], columns], slope)
+            moved = dot(self.grad[rows[lanes], columns], slope)
             self._add(rows[lanes], columns, moved)
             # theta = (t_out - start) / (end - start)
             by_start = by_start.index_add(0, lanes, (theta - 1) * moved)

@@ -410,7 +410,7 @@ def integrate(
             lanes.rejected = ~accept
             if stops is not None:
                 # a step that was cut short by a stop says little about the next one
-                cut = moved & (length < planned)
+                cut = moved & (t1 == lanes.goal) & (length < planned)
                 proposed = np.where(cut, np.maximum(proposed, planned), proposed)
             floor = np.maximum(np.abs(t_new) * RESOLUTION, lanes.floor)
             lanes.h = np.minimum(np.maximum(proposed, floor), options.max_step)

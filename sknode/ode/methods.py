@@ -40,6 +40,8 @@ class Method:
         Whether it can take constant steps.
     complex_states : bool
         Whether states may be complex.
+    backward : str or None
+        The method for the solve backwards of the continuous adjoint, if another one.
     loop : callable or None
         What takes the place of `integrate`, for methods without stepper.
     """
@@ -51,6 +53,7 @@ class Method:
     gradients: tuple[str, ...] = GRADIENTS
     constant_steps: bool = True
     complex_states: bool = True
+    backward: str | None = None
     loop: Callable[..., Trace] | None = None
 
 
@@ -67,6 +70,7 @@ def _of_scipy(name: str) -> Method:
         gradients=("continuous",),
         constant_steps=False,
         complex_states=name not in ("scipy_radau", "scipy_lsoda"),
+        backward="dopri5",
         loop=partial(solve_by_scipy, name),
     )
 
@@ -75,7 +79,13 @@ _METHODS = {name: _explicit(name) for name in tableaus.METHODS}
 _METHODS["adams"] = Method(
     "adams", True, AdamsStepper, gradients=("continuous",), constant_steps=False
 )
-_METHODS["rodas5p"] = Method("rodas5p", True, RosenbrockStepper, complex_states=False)
+_METHODS["rodas5p"] = Method(
+    "rodas5p",
+    True,
+    RosenbrockStepper,
+    gradients=("discrete", "backprop"),
+    complex_states=False,
+)
 _METHODS |= {name: _of_scipy(name) for name in SCIPY_METHODS}
 
 METHODS = tuple(_METHODS)

@@ -90,7 +90,7 @@ class Tape:
             retain_graph=True,
         )
         count = 1 + len(parameters)
-        self.field.accumulate(grads[1:count])
+        self.field.add_gradients(grads[1:count])
         self._by_times = grads[count:]
         return grads[0]
 

@@ -101,6 +101,23 @@ class BoundField(Protocol):
         so that parameter gradients can be added up for all of them together.
         """
 
+    def pullback_state(self, stage: int, cotangent: Tensor, out: Tensor) -> None:
+        """Write the cotangent of y to ``out``; keep the stage for ``accumulate``."""
+
+    def accumulate(
+        self,
+        stages: Sequence[int],
+        states: Tensor,
+        cotangents: Tensor,
+        weights: Tensor,
+    ) -> None:
+        """Add weighted parameter gradients of stages that ``pullback_state`` kept.
+
+        States and cotangents are those that they had, (n_stages, rows, n), all stages
+        in order; weights have shape (n_stages, rows, 1) and are zero for stages other
+        than the ones listed.
+        """
+
     def parameter_gradients(self) -> list[Tensor | None]:
         """Return the accumulated gradients, in the order of ``parameters``."""
 
@@ -229,15 +246,40 @@ class AutogradField:
         if time:
             grad_t = torch.zeros_like(t) if grads[1] is None else grads[1]
             grad_t = grad_t.flatten() if grad_t.ndim else grad_t
-        self.accumulate(grads[1 + time :])
+        self.add_gradients(grads[1 + time :])
         return grad_t
 
-    def accumulate(self, grads):
+    def add_gradients(self, grads):
         """Add to the gradients of the parameters; None adds nothing."""
         for i, grad in enumerate(grads):
             if grad is not None:
                 total = self._gradients[i]
                 self._gradients[i] = grad if total is None else total + grad
+
+    def pullback_state(self, stage, cotangent, out):
+        _, y, value = self._stages[stage]
+        grad = None
+        if value.requires_grad:
+            (grad,) = torch.autograd.grad(
+                value, y, cotangent, retain_graph=True, allow_unused=True
+            )
+        out.copy_(torch.zeros_like(y) if grad is None else grad)
+
+    def accumulate(self, stages, states, cotangents, weights):
+        kept = [(self._stages[i][2], cotangents[i] * weights[i]) for i in stages]
+        kept = [(value, c) for value, c in kept if value.requires_grad]
+        if not kept or not self.parameters:
+            return
+        values, cotangents = zip(*kept, strict=True)
+        self.add_gradients(
+            torch.autograd.grad(
+                values,
+                self.parameters,
+                cotangents,
+                retain_graph=True,
+                allow_unused=True,
+            )
+        )
 
     def begin_reverse(self):
         self._gradients = [None] * len(self.parameters)
@@ -335,14 +377,29 @@ class FieldView:
         )
         return None if grad_t is None else grad_t.reshape(-1)
 
-    def accumulate(self, grads):
+    def add_gradients(self, grads):
         """Add to the gradients of the parameters of a field that has to be probed."""
-        self.field.accumulate(grads)
+        self.field.add_gradients(grads)
 
     def flush(self, states, cotangents):
         """Finish a reverse step."""
         n, shape = len(states), self._shape
         self.field.flush(states.view(n, *shape), cotangents.view(n, *shape))
+
+    def pullback_state(self, stage, cotangent, out):
+        """Write the cotangent of the state to out; keep the stage."""
+        shape = self._shape
+        self.field.pullback_state(stage, cotangent.view(shape), out.view(shape))
+
+    def accumulate(self, stages, states, cotangents, weights):
+        """Add weighted parameter gradients of stages."""
+        n, shape = len(states), self._shape
+        self.field.accumulate(
+            stages,
+            states.view(n, *shape),
+            cotangents.view(n, *shape),
+            weights.view(n, -1, *(1 for _ in shape[1:])),
+        )
 
 
 def bind(

@@ -241,50 +241,75 @@ def solve(
         Its ``records`` are `Recorded`.
     """
     batch, n_times = len(y0), times.shape[-1]
-    times, y0 = np.ascontiguousarray(times), _plain(y0)
+    y0 = _plain(y0)
     y = torch.empty(batch, n_times, y0.shape[1], dtype=y0.dtype)
-    counts, t_reached = np.empty((5, batch), np.int64), np.empty(batch)
-    layers = [(_plain(w), None if b is None else _plain(b)) for w, b in network.layers]
-    steps = _native.solve(
-        _sets()[chosen()],
-        y0.dtype == torch.float64,
-        (
-            ACTIVATIONS[network.activation],
-            network.uses_time,
-            y0.shape[1],
-            *(
-                (w.data_ptr(), 0 if b is None else b.data_ptr(), *w.shape)
-                for w, b in layers
+    call = _Call(network, y, times, options)
+    steps = _native.solve(*call.arguments(y0, record, _threads(network, batch)))
+    return call.trace(Recorded(steps, call.times, call.shapes) if record else None)
+
+
+class _Call:
+    """What the kernels are given, kept alive, and what they leave behind."""
+
+    def __init__(self, network: Perceptron, y: Tensor, times, options: Options):
+        self.network, self.y, self.options = network, y, options
+        self.times = np.ascontiguousarray(times)
+        self.counts = np.zeros((5, len(y)), np.int64)
+        self.t_reached = np.zeros(len(y))
+        self.layers = [
+            (_plain(w), None if b is None else _plain(b)) for w, b in network.layers
+        ]
+        self.shapes = [
+            (w.shape, None if b is None else b.shape) for w, b in self.layers
+        ]
+
+    def arguments(self, y0: Tensor | None, record: bool, threads: int) -> tuple:
+        """Return what the solves forwards and backwards have in common."""
+        network, y, times = self.network, self.y, self.times
+        batch, n_times, dim = y.shape
+        return (
+            _sets()[chosen()],
+            y.dtype == torch.float64,
+            (
+                ACTIVATIONS[network.activation],
+                network.uses_time,
+                dim,
+                *(
+                    (w.data_ptr(), 0 if b is None else b.data_ptr(), *w.shape)
+                    for w, b in self.layers
+                ),
             ),
-        ),
-        _tableau(options.tableau),
-        _control(options),
-        batch,
-        n_times,
-        n_times if times.ndim == 2 else 0,
-        times.ctypes.data,
-        y0.data_ptr(),
-        y.data_ptr(),
-        counts.ctypes.data,
-        t_reached.ctypes.data,
-        record,
-        _threads(network, batch),
-    )
-    status, n_steps, n_rejected, n_dense, next_output = counts
-    shapes = [(w.shape, None if b is None else b.shape) for w, b in layers]
-    trace = Trace(
-        y=y,
-        status=status,
-        n_steps=n_steps,
-        n_rejected=n_rejected,
-        n_dense=n_dense,
-        next_output=next_output,
-        t_reached=t_reached,
-        moving=np.broadcast_to(times[..., -1] != times[..., 0], batch),
-        records=Recorded(steps, times, shapes) if record else None,
-    )
-    trace.n_evaluations = count_evaluations(options.tableau, trace)
-    return trace
+            _tableau(self.options.tableau),
+            _control(self.options),
+            batch,
+            n_times,
+            n_times if times.ndim == 2 else 0,
+            times.ctypes.data,
+            0 if y0 is None else y0.data_ptr(),
+            y.data_ptr(),
+            self.counts.ctypes.data,
+            self.t_reached.ctypes.data,
+            record,
+            threads,
+        )
+
+    def trace(self, records: Recorded | None) -> Trace:
+        """Return what happened."""
+        times = self.times
+        status, n_steps, n_rejected, n_dense, next_output = self.counts
+        trace = Trace(
+            y=self.y,
+            status=status,
+            n_steps=n_steps,
+            n_rejected=n_rejected,
+            n_dense=n_dense,
+            next_output=next_output,
+            t_reached=self.t_reached,
+            moving=np.broadcast_to(times[..., -1] != times[..., 0], len(self.y)),
+            records=records,
+        )
+        trace.n_evaluations = count_evaluations(self.options.tableau, trace)
+        return trace
 
 
 def reverse(
@@ -304,18 +329,84 @@ def reverse(
     recorded, grad = trace.records, _plain(grad)
     grad_y0 = grad.new_empty(grad.shape[0], grad.shape[2])
     # the shapes that the kernels know: those of the parameters may be others by now
-    found = [
-        (grad.new_empty(w), None if b is None else grad.new_empty(b))
-        for w, b in recorded.shapes
-    ]
+    found = _make_gradients(recorded.shapes, grad)
     _native.reverse(
         recorded.steps,
         grad.data_ptr(),
         grad_y0.data_ptr(),
-        tuple((w.data_ptr(), 0 if b is None else b.data_ptr()) for w, b in found),
+        _addresses(found),
         _threads(network, len(grad)),
     )
     return grad_y0, [x for pair in found for x in pair if x is not None]
+
+
+def adjoint(
+    network: Perceptron,
+    y: Tensor,
+    times: np.ndarray,
+    options: Options,
+    grad: Tensor,
+    last: np.ndarray,
+    scale: np.ndarray,
+) -> tuple[Trace, Tensor, list[Tensor]]:
+    """Solve states and cotangents backwards, as `sknode.ode.continuous` does.
+
+    Parameters
+    ----------
+    network : Perceptron
+        The vector field.
+    y : Tensor of shape (batch, n_times, n)
+        States at the output times.
+    times : ndarray of shape (n_times,) or (batch, n_times)
+        Output times, ascending or descending.
+    options : Options
+        Method and control of the solve backwards.
+    grad : Tensor of shape (batch, n_times, n)
+        Cotangents of the states.
+    last : ndarray of shape (batch,)
+        Times that were reached.
+    scale : ndarray of shape (batch,)
+        Scale of each sample's cotangents, zero for those that stay.
+
+    Returns
+    -------
+    trace : Trace
+        Statuses and numbers of steps.
+    grad_y : Tensor of shape (batch, n)
+        Cotangents of the states at the first time, less those of outputs there;
+        undefined for samples that stay.
+    parameters : list of Tensor
+        Gradients of the parameters.
+    """
+    call = _Call(network, _plain(y), times, options)
+    grad = _plain(grad)
+    grad_y = grad.new_zeros(grad.shape[0], grad.shape[2])
+    found = _make_gradients(call.shapes, grad)
+    last, scale = (np.ascontiguousarray(x, np.float64) for x in (last, scale))
+    _native.adjoint(
+        *call.arguments(None, False, _threads(network, len(grad))),
+        grad.data_ptr(),
+        last.ctypes.data,
+        scale.ctypes.data,
+        grad_y.data_ptr(),
+        _addresses(found),
+    )
+    return (
+        call.trace(None),
+        grad_y,
+        [x for pair in found for x in pair if x is not None],
+    )
+
+
+def _make_gradients(shapes, like: Tensor) -> list[tuple[Tensor, Tensor | None]]:
+    """Make memory for the gradients of weights and biases."""
+    return [
+        (like.new_empty(w), None if b is None else like.new_empty(b)) for w, b in shapes
+    ]
+
+
+def _addresses(layers) -> tuple:
+    return tuple((w.data_ptr(), 0 if b is None else b.data_ptr()) for w, b in layers)
 
 
 def _plain(x: Tensor) -> Tensor:

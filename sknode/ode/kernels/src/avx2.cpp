@@ -15,10 +15,14 @@ namespace sknode {
 namespace avx2 {
 #include "simd.h"
 #include "network.h"
+#include "stepper.h"
 #include "solve.h"
+#include "adjoint.h"
 }  // namespace avx2
 
-Solvers solvers_avx2() { return {avx2::solve<float>, avx2::solve<double>}; }
+Solvers solvers_avx2() {
+    return {avx2::solve<float>, avx2::solve<double>, avx2::adjoint<float>, avx2::adjoint<double>};
+}
 }  // namespace sknode
 
 #if defined(__clang__)

@@ -15,10 +15,14 @@ namespace sknode {
 namespace avx512 {
 #include "simd.h"
 #include "network.h"
+#include "stepper.h"
 #include "solve.h"
+#include "adjoint.h"
 }  // namespace avx512
 
-Solvers solvers_avx512() { return {avx512::solve<float>, avx512::solve<double>}; }
+Solvers solvers_avx512() {
+    return {avx512::solve<float>, avx512::solve<double>, avx512::adjoint<float>, avx512::adjoint<double>};
+}
 }  // namespace sknode
 
 #if defined(__clang__)

@@ -12,8 +12,12 @@ namespace sknode {
 namespace baseline {
 #include "simd.h"
 #include "network.h"
+#include "stepper.h"
 #include "solve.h"
+#include "adjoint.h"
 }  // namespace baseline
 
-Solvers solvers_baseline() { return {baseline::solve<float>, baseline::solve<double>}; }
+Solvers solvers_baseline() {
+    return {baseline::solve<float>, baseline::solve<double>, baseline::adjoint<float>, baseline::adjoint<double>};
+}
 }  // namespace sknode

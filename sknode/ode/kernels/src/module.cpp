@@ -155,36 +155,65 @@ Recording* read_recording(PyObject* capsule) {
 
 void destroy_recording(PyObject* capsule) { delete read_recording(capsule); }
 
+// What the solves forwards and backwards have in common.
+struct Arguments {
+    Problem problem;
+    Solvers solvers;
+    bool is_double;
+
+    // Reads the arguments up to the number of threads; check for an error afterwards.
+    explicit Arguments(Reader& reader) {
+        const int64_t set = reader.integer();
+        is_double = reader.integer() != 0;
+        PyObject *model = reader.object(), *tableau = reader.object();
+        PyObject* control = reader.object();
+        if (PyErr_Occurred()) return;
+        Problem& p = problem;
+        p.model = read_model(model);
+        p.tableau = read_tableau(tableau);
+        p.control = read_control(control);
+        p.batch = reader.integer(), p.n_times = reader.integer();
+        p.times_stride = reader.integer();
+        p.times = static_cast<const double*>(reader.address());
+        p.y0 = reader.address(), p.y = reader.address();
+        int64_t* counts = static_cast<int64_t*>(reader.address());
+        p.status = counts, p.n_steps = counts + p.batch;
+        p.n_rejected = counts + 2 * p.batch, p.n_dense = counts + 3 * p.batch;
+        p.next_output = counts + 4 * p.batch;
+        p.t_reached = static_cast<double*>(reader.address());
+        p.record = reader.integer() != 0;
+        p.threads = static_cast<int>(reader.integer());
+        p.interrupted = interrupted;
+        if (PyErr_Occurred()) return;
+        const auto sets = instruction_sets();
+        if (set < 0 || set >= static_cast<int64_t>(sets.size()) || !sets[set].available)
+            PyErr_SetString(PyExc_ValueError, "instruction set not available");
+        else
+            solvers = sets[set].solvers;
+    }
+};
+
+std::vector<LayerGradient> read_layer_gradients(PyObject* layers) {
+    std::vector<LayerGradient> found;
+    Reader items(layers);
+    while (!PyErr_Occurred() && static_cast<Py_ssize_t>(found.size()) < items.size()) {
+        PyObject* item = items.object();
+        if (!item) break;
+        Reader layer(item);
+        void* weight = layer.address();
+        found.push_back({weight, layer.address()});
+    }
+    return found;
+}
+
 PyObject* solve(PyObject*, PyObject* args) {
     Reader reader(args);
-    const int64_t set = reader.integer();
-    const bool is_double = reader.integer() != 0;
-    PyObject *model = reader.object(), *tableau = reader.object(), *control = reader.object();
+    const Arguments given(reader);
     if (PyErr_Occurred()) return nullptr;
-    Problem p;
-    p.model = read_model(model);
-    p.tableau = read_tableau(tableau);
-    p.control = read_control(control);
-    p.batch = reader.integer(), p.n_times = reader.integer();
-    p.times_stride = reader.integer();
-    p.times = static_cast<const double*>(reader.address());
-    p.y0 = reader.address(), p.y = reader.address();
-    int64_t* counts = static_cast<int64_t*>(reader.address());
-    p.status = counts, p.n_steps = counts + p.batch, p.n_rejected = counts + 2 * p.batch;
-    p.n_dense = counts + 3 * p.batch, p.next_output = counts + 4 * p.batch;
-    p.t_reached = static_cast<double*>(reader.address());
-    p.record = reader.integer() != 0;
-    p.threads = static_cast<int>(reader.integer());
-    p.interrupted = interrupted;
-    if (PyErr_Occurred()) return nullptr;
-    const auto sets = instruction_sets();
-    if (set < 0 || set >= static_cast<int64_t>(sets.size()) || !sets[set].available) {
-        PyErr_SetString(PyExc_ValueError, "instruction set not available");
-        return nullptr;
-    }
-    const Solver solver = is_double ? sets[set].solvers.in_double : sets[set].solvers.in_float;
+    const Solvers& solvers = given.solvers;
+    const Solver solver = given.is_double ? solvers.in_double : solvers.in_float;
     std::unique_ptr<Recording> recording;
-    if (!run_unlocked([&] { recording = solver(p); })) return nullptr;
+    if (!run_unlocked([&] { recording = solver(given.problem); })) return nullptr;
     if (!recording) Py_RETURN_NONE;
     PyObject* capsule = PyCapsule_New(recording.get(), RECORDING, destroy_recording);
     if (capsule) recording.release();
@@ -201,15 +230,28 @@ PyObject* reverse(PyObject*, PyObject* args) {
     p.threads = static_cast<int>(reader.integer());
     p.interrupted = interrupted;
     if (PyErr_Occurred()) return nullptr;
-    Reader items(layers);
-    for (Py_ssize_t i = 0; i < items.size(); ++i) {
-        PyObject* item = items.object();
-        if (!item) return nullptr;
-        Reader layer(item);
-        void* weight = layer.address();
-        p.layers.push_back({weight, layer.address()});
-    }
+    p.layers = read_layer_gradients(layers);
     if (PyErr_Occurred() || !run_unlocked([&] { recording->reverse(p); })) return nullptr;
+    Py_RETURN_NONE;
+}
+
+PyObject* adjoint(PyObject*, PyObject* args) {
+    Reader reader(args);
+    const Arguments given(reader);
+    if (PyErr_Occurred()) return nullptr;
+    AdjointProblem p;
+    p.solve = given.problem;
+    p.grad = reader.address();
+    p.last = static_cast<const double*>(reader.address());
+    p.scale = static_cast<const double*>(reader.address());
+    p.grad_y = reader.address();
+    PyObject* layers = reader.object();
+    if (PyErr_Occurred()) return nullptr;
+    p.layers = read_layer_gradients(layers);
+    const Solvers& solvers = given.solvers;
+    const AdjointSolver solver =
+        given.is_double ? solvers.adjoint_in_double : solvers.adjoint_in_float;
+    if (PyErr_Occurred() || !run_unlocked([&] { solver(p); })) return nullptr;
     Py_RETURN_NONE;
 }
 
@@ -236,6 +278,7 @@ PyObject* list_instruction_sets(PyObject*, PyObject*) {
 PyMethodDef methods[] = {
     {"solve", solve, METH_VARARGS, "Solve a batch; return its recording or None."},
     {"reverse", reverse, METH_VARARGS, "Go back over the steps of a recording."},
+    {"adjoint", adjoint, METH_VARARGS, "Solve states and cotangents backwards."},
     {"recorded_bytes", recorded_bytes, METH_O, "The memory that recorded steps take."},
     {"instruction_sets", list_instruction_sets, METH_NOARGS,
      "List (name, available), the fastest first."},

@@ -223,23 +223,104 @@ private:
     int n_ = 0;
 };
 
-// The gradient of one layer, summed over the samples of a block.
+// sums (R x C registers) += delta * x over stages and lanes, lane by lane.
+template <int R, int C, class T>
+static inline void lanes_block(const T* delta, int64_t delta_stage, const T* x,
+                               int64_t x_stage, int n_stages, T* sums, int64_t stride) {
+    constexpr int W = width<T>;
+    Vec<T> sum[R][C];
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) sum[r][c] = load(sums + r * stride + c * W);
+    for (int s = 0; s < n_stages; ++s)
+        for (int g = 0; g < LANES<T>; g += W) {
+            Vec<T> value[C];
+            for (int c = 0; c < C; ++c) value[c] = load(x + s * x_stage + c * LANES<T> + g);
+            for (int r = 0; r < R; ++r) {
+                const Vec<T> d = load(delta + s * delta_stage + r * LANES<T> + g);
+                for (int c = 0; c < C; ++c) sum[r][c] += d * value[c];
+            }
+        }
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) store(sums + r * stride + c * W, sum[r][c]);
+}
+
+template <int R, class T>
+static void lanes_rows(int64_t cols, const T* delta, int64_t delta_stage, const T* x,
+                       int64_t x_stage, int n_stages, T* sums, int64_t stride) {
+    int64_t c = 0;
+    for (; c + 4 <= cols; c += 4)
+        lanes_block<R, 4>(delta, delta_stage, x + c * LANES<T>, x_stage, n_stages,
+                          sums + c * width<T>, stride);
+    for (; c < cols; ++c)
+        lanes_block<R, 1>(delta, delta_stage, x + c * LANES<T>, x_stage, n_stages,
+                          sums + c * width<T>, stride);
+}
+
+// The gradient of one layer, summed over the samples of a block. Small layers keep a
+// register for every weight, which is only summed up by `finish`.
 template <class T>
 struct LayerSum {
     int64_t rows, cols, stride;
+    bool small;   // whether there is a register for every weight
     bool turned;  // whether the sum runs along registers of inputs or of lanes
-    T *weight, *bias;
+    T *weight, *bias, *lanes = nullptr, *bias_lanes = nullptr;
 
     LayerSum(int64_t rows, int64_t cols, Arena<T>& arena) : rows(rows), cols(cols) {
         stride = (cols + width<T> - 1) / width<T> * width<T>;
+        small = rows * cols * SKNODE_VECTOR_BYTES <= SMALL_BYTES;
         // turning the inputs pays where there are many outputs and some inputs
         turned = rows >= 8 && cols >= width<T> / 4;
         weight = arena.take(rows * stride);
         bias = arena.take(rows);
+        if (!small) return;
+        lanes = arena.take(rows * cols * width<T>);
+        bias_lanes = arena.take(rows * width<T>);
     }
 
     // Add the stages of a step: delta (stages, rows, LANES), x (stages, cols, LANES).
     void add(const T* delta, const T* x, int n_stages, T* scratch) {
+        if (small)
+            add_small(delta, x, n_stages);
+        else
+            add_large(delta, x, n_stages, scratch);
+    }
+
+    // All has been added.
+    void finish() {
+        if (!small) return;
+        Totals<T> totals;
+        for (int64_t r = 0; r < rows; ++r) {
+            totals.add(load(bias_lanes + r * width<T>), bias + r);
+            for (int64_t c = 0; c < cols; ++c)
+                totals.add(load(lanes + (r * cols + c) * width<T>), weight + r * stride + c);
+        }
+        totals.flush();
+    }
+
+private:
+    // a part of the second-level cache
+    static constexpr int64_t SMALL_BYTES = 1 << 17;
+
+    void add_small(const T* delta, const T* x, int n_stages) {
+        constexpr int W = width<T>, R = SKNODE_REGISTERS == 32 ? 4 : 2;
+        const int64_t delta_stage = rows * LANES<T>, x_stage = cols * LANES<T>;
+        int64_t r = 0;
+        for (; r + R <= rows; r += R)
+            lanes_rows<R>(cols, delta + r * LANES<T>, delta_stage, x, x_stage, n_stages,
+                          lanes + r * cols * W, cols * W);
+        for (; r < rows; ++r)
+            lanes_rows<1>(cols, delta + r * LANES<T>, delta_stage, x, x_stage, n_stages,
+                          lanes + r * cols * W, cols * W);
+        for (r = 0; r < rows; ++r) {
+            Vec<T> sum = load(bias_lanes + r * W);
+            for (int s = 0; s < n_stages; ++s)
+                for (int g = 0; g < LANES<T>; g += W)
+                    sum += load(delta + s * delta_stage + r * LANES<T> + g);
+            store(bias_lanes + r * W, sum);
+        }
+    }
+
+    void add_large(const T* delta, const T* x, int n_stages, T* scratch) {
         constexpr int W = width<T>;
         const int64_t delta_stage = rows * LANES<T>, x_stage = cols * LANES<T>;
         Totals<T> totals;
@@ -427,12 +508,54 @@ public:
         }
     }
 
+    // The same for n stages from one on, with weights of shape (n, LANES).
+    void accumulate(std::vector<LayerSum<T>>& sums, const T* states, const T* cotangents,
+                    int from, int n, const T* weights) {
+        if (!weighted_) weighted_ = arena_.take(net_.widest() * LANES<T> * n_stages_);
+        const size_t last = net_.depth() - 1;
+        for (size_t l = 0; l <= last; ++l) {
+            const int64_t size = net_.out(l) * LANES<T>;
+            const T* delta = (l < last ? deltas_[l] : cotangents) + from * size;
+            for (int s = 0; s < n; ++s)
+                for (int64_t i = 0; i < size; i += width<T>)
+                    store(weighted_ + s * size + i,
+                          load(delta + s * size + i) *
+                              load(weights + s * LANES<T> + i % LANES<T>));
+            const T* x = l > 0 ? values_[l - 1] : states;
+            sums[l].add(weighted_, x + from * net_.in(l) * LANES<T>, n, turned_);
+        }
+    }
+
+    // Copy what a stage keeps of a lane to another stage.
+    void copy(int from, int to, int lane) {
+        for_each_kept([&](T* memory, int64_t rows) {
+            const T* source = memory + from * rows * LANES<T> + lane;
+            T* target = memory + to * rows * LANES<T> + lane;
+            for (int64_t i = 0; i < rows; ++i) target[i * LANES<T>] = source[i * LANES<T>];
+        });
+    }
+
+    // Forget what a stage keeps of a lane.
+    void clear(int stage, int lane) {
+        for_each_kept([&](T* memory, int64_t rows) {
+            T* target = memory + stage * rows * LANES<T> + lane;
+            for (int64_t i = 0; i < rows; ++i) target[i * LANES<T>] = T(0);
+        });
+    }
+
 private:
     const Network<T>& net_;
     int n_stages_;
     Arena<T> arena_;
-    T *ping_, *pong_, *turned_ = nullptr;
+    T *ping_, *pong_, *turned_ = nullptr, *weighted_ = nullptr;
     std::vector<T*> values_, arguments_, deltas_;
+
+    template <class Action>
+    void for_each_kept(const Action& action) {
+        for (size_t l = 0; l + 1 < net_.depth(); ++l)
+            for (T* memory : {values_[l], arguments_[l], deltas_[l]})
+                if (memory) action(memory, net_.out(l));
+    }
 
     T* at(T* memory, size_t layer, int stage) const {
         return memory + stage * net_.out(layer) * LANES<T>;

@@ -104,6 +104,17 @@ struct ReverseProblem {
     bool (*interrupted)();
 };
 
+// A solve backwards, of states and cotangents. In its `solve`, the states at the output
+// times are given and those at the start are not; a lane without a scale stays.
+struct AdjointProblem {
+    Problem solve;
+    const void* grad;     // (batch, n_times, dim)
+    const double* last;   // (batch,), the times that were reached
+    const double* scale;  // (batch,), of the cotangents, or zero
+    void* grad_y;         // (batch, dim), what goes back to the first time
+    std::vector<LayerGradient> layers;
+};
+
 // The steps of a solve, kept for going back over them.
 struct Recording {
     virtual ~Recording() = default;
@@ -115,8 +126,11 @@ struct Recording {
 // Solves the problem; returns its recording, empty unless one was asked for.
 using Solver = std::unique_ptr<Recording> (*)(const Problem&);
 
+using AdjointSolver = void (*)(const AdjointProblem&);
+
 struct Solvers {
     Solver in_float, in_double;
+    AdjointSolver adjoint_in_float, adjoint_in_double;
 };
 
 Solvers solvers_baseline();

@@ -1,9 +1,5 @@
-// A solve of one tile of samples, each lane with its own time, step size and fate, and
-// the reverse of its steps. The numbers are those of integrate.py and gradients.py,
-// which say why; here only how.
-
-// The smallest step worth taking, relative to the time.
-constexpr double RESOLUTION = 4 * 2.220446049250313e-16;
+// A solve of one tile of samples and the reverse of its steps. The numbers are those of
+// integrate.py and gradients.py, which say why; here only how.
 
 // An accepted step of every lane, its own one each.
 template <class T>
@@ -60,21 +56,6 @@ private:
     }
 };
 
-template <class T>
-struct Coefficients {
-    int n_stages, n_extended, degree, n_estimates;
-    std::vector<T> a, error, dense;
-    std::vector<double> c;
-
-    explicit Coefficients(const Tableau& x)
-        : n_stages(x.n_stages), n_extended(x.n_extended), degree(x.degree),
-          n_estimates(x.n_estimates), a(x.a.begin(), x.a.end()),
-          error(x.error.begin(), x.error.end()), dense(x.dense.begin(), x.dense.end()),
-          c(x.c) {}
-
-    const T* row(int stage) const { return a.data() + stage * n_extended; }
-};
-
 // The times of a sample, made to ascend.
 struct Times {
     const double* values;
@@ -88,26 +69,20 @@ struct Times {
     double operator[](int64_t i) const { return values[i] * sign; }
 };
 
-// The time of a stage: the ends exactly, and never beyond them.
-static inline double stage_time(double c, double t, double t1) {
-    if (c == 1.0) return t1;
-    const double at = t + c * (t1 - t);
-    return std::min(std::max(at, std::min(t, t1)), std::max(t, t1));
-}
-
 template <Activation A, class T>
-class TileSolver {
+class TileSolver final : TileStepper<T> {
+    using Base = TileStepper<T>;
+    using Base::arena_, Base::rk_, Base::rows_, Base::size_;
+    using Base::y_, Base::k_, Base::state_, Base::moved_, Base::started_;
+    using Base::t_, Base::t1_, Base::t_end_, Base::length_, Base::sign_;
+    using Base::combine, Base::evaluate_stage;
+
 public:
     TileSolver(const Problem& problem, const Network<T>& network, const Coefficients<T>& rk,
                Watch& watch)
-        : p_(problem), net_(network), rk_(rk), watch_(watch), dim_(network.dim),
-          size_(network.dim * LANES<T>), evaluator_(network, 1, false) {
-        const int64_t wide = network.inputs * LANES<T>;
-        y_ = arena_.take(size_), slope_ = arena_.take(size_), y1_ = arena_.take(wide);
-        slope1_ = arena_.take(size_), state_ = arena_.take(wide);
-        k_ = arena_.take(size_ * rk.n_extended);
+        : Base(problem.control, rk, watch, network.dim), p_(problem), net_(network),
+          evaluator_(network, 1, false) {
         polynomial_ = arena_.take(size_ * std::max(rk.degree, 1));
-        h_ = arena_.take(LANES<T>);
     }
 
     // Solve the samples from `first` on; record their steps on request.
@@ -115,48 +90,25 @@ public:
         first_ = first;
         n_ = static_cast<int>(std::min<int64_t>(LANES<T>, p_.batch - first));
         start();
-        for (int64_t attempt = 0; any_running(); ++attempt) {
-            if (attempt == p_.control.max_steps) {
-                for (int l = 0; l < n_; ++l)
-                    if (running_[l]) status_[l] = Status::max_steps;
-                break;
-            }
-            watch_.look();
-            step(record);
-        }
+        this->run([&] { step(record); });
         finish(record);
     }
 
 private:
     const Problem& p_;
     const Network<T>& net_;
-    const Coefficients<T>& rk_;
-    Watch& watch_;
-    const int64_t dim_, size_;
     Evaluator<A, T> evaluator_;
-    Arena<T> arena_;
-    T *y_, *slope_, *y1_, *slope1_, *state_, *k_, *polynomial_, *h_;
+    T* polynomial_;
     int64_t first_ = 0;
     int n_ = 0;
-    bool running_[LANES<T>], accepted_[LANES<T>], started_[LANES<T>];
-    bool rejected_[LANES<T>];  // whether the last attempt was
-    double t_[LANES<T>], t_end_[LANES<T>], near_end_[LANES<T>], floor_[LANES<T>], next_[LANES<T>];
-    double sign_[LANES<T>], t1_[LANES<T>], length_[LANES<T>], history_[LANES<T>][2];
-    int64_t status_[LANES<T>], n_steps_[LANES<T>], n_rejected_[LANES<T>], n_dense_[LANES<T>];
-    int64_t output_[LANES<T>], first_output_[LANES<T>];
-
-    bool any_running() const {
-        for (int l = 0; l < LANES<T>; ++l)
-            if (running_[l]) return true;
-        return false;
-    }
+    int64_t n_dense_[LANES<T>], output_[LANES<T>], first_output_[LANES<T>];
 
     T* output(int lane, int64_t column) const {
-        return static_cast<T*>(p_.y) + ((first_ + lane) * p_.n_times + column) * dim_;
+        return static_cast<T*>(p_.y) + ((first_ + lane) * p_.n_times + column) * rows_;
     }
 
     const T* initial(int lane) const {
-        return static_cast<const T*>(p_.y0) + (first_ + lane) * dim_;
+        return static_cast<const T*>(p_.y0) + (first_ + lane) * rows_;
     }
 
     // Output times from `column` on hold the last state: of a lane that never moved,
@@ -164,15 +116,16 @@ private:
     void hold(int lane, int64_t column) const {
         for (; column < p_.n_times; ++column) {
             T* to = output(lane, column);
-            for (int64_t i = 0; i < dim_; ++i)
+            for (int64_t i = 0; i < rows_; ++i)
                 to[i] = started_[lane] ? y_[i * LANES<T> + lane] : initial(lane)[i];
         }
     }
 
-    // Put the times of an evaluation in the last row of its input.
-    void set_time(T* input, int lane, double ascending) const {
+    void evaluate(int, T* state, const double* times, T* slope) override {
         if (net_.uses_time)
-            input[dim_ * LANES<T> + lane] = static_cast<T>(ascending * sign_[lane]);
+            for (int l = 0; l < LANES<T>; ++l)
+                state[size_ + l] = static_cast<T>(times[l] * sign_[l]);
+        evaluator_.evaluate(state, slope);
     }
 
     void start() {
@@ -180,214 +133,34 @@ private:
             const Times times(p_, first_ + (l < n_ ? l : 0));
             sign_[l] = times.sign;
             t_[l] = times[0], t_end_[l] = l < n_ ? times[times.n - 1] : times[0];
-            status_[l] = n_steps_[l] = n_rejected_[l] = n_dense_[l] = 0;
-            history_[l][0] = history_[l][1] = 1.0;
-            rejected_[l] = false;
-            started_[l] = false;
+            n_dense_[l] = 0;
             int64_t at_start = 0;
             while (at_start < times.n && times[at_start] == times[0]) ++at_start;
             output_[l] = std::min(at_start, times.n - 1);
             first_output_[l] = at_start;
-            for (int64_t i = 0; i < dim_; ++i)
+            for (int64_t i = 0; i < rows_; ++i)
                 y_[i * LANES<T> + l] = l < n_ ? initial(l)[i] : T(0);
             for (int64_t c = 0; l < n_ && c < at_start; ++c)
-                std::memcpy(output(l, c), initial(l), dim_ * sizeof(T));
-            set_time(state_, l, t_[l]);
+                std::memcpy(output(l, c), initial(l), rows_ * sizeof(T));
         }
-        std::memcpy(state_, y_, size_ * sizeof(T));
-        evaluator_.evaluate(state_, slope_);
-        for (int l = 0; l < LANES<T>; ++l) {
-            bool good = true;
-            for (int64_t i = 0; i < dim_; ++i)
-                good = good && std::isfinite(y_[i * LANES<T> + l]) &&
-                       std::isfinite(slope_[i * LANES<T> + l]);
-            const double interval = t_end_[l] - t_[l];
-            if (!good) {
-                for (int64_t i = 0; i < dim_; ++i)
-                    y_[i * LANES<T> + l] = slope_[i * LANES<T> + l] = T(0);
-                if (interval > 0) status_[l] = Status::non_finite;
-                t_end_[l] = t_[l];
-            }
-            const Control& control = p_.control;
-            const double least = std::max(control.min_step, 2.2250738585072014e-308);
-            floor_[l] = std::max(interval * (1e-3 * 2.220446049250313e-16), least);
-            const double largest = std::max(std::fabs(t_[l]), std::fabs(t_end_[l]));
-            const double slack = 1e-6 * std::max(control.step_size, 0.0);
-            near_end_[l] = t_end_[l] - std::max(4 * RESOLUTION * largest, slack);
-            running_[l] = t_[l] < t_end_[l];
-        }
-        first_step();
-    }
-
-    // Root mean squares over the components of every lane.
-    static void norms(const Vec<T>* squares, int64_t n, double* out) {
-        constexpr int W = width<T>;
-        for (int l = 0; l < LANES<T>; ++l)
-            out[l] = static_cast<double>(std::sqrt(squares[l / W][l % W])) /
-                     std::sqrt(static_cast<double>(n));
-    }
-
-    Vec<T> scale(Vec<T> size) const {
-        const T least = std::max(static_cast<T>(p_.control.atol), std::numeric_limits<T>::min());
-        return size * static_cast<T>(p_.control.rtol) + least;
-    }
-
-    void first_step() {
-        const Control& control = p_.control;
-        if (control.step_size > 0) {
-            std::fill(next_, next_ + LANES<T>, control.step_size);
-            return;
-        }
-        if (control.first_step > 0) {
-            for (int l = 0; l < LANES<T>; ++l)
-                next_[l] = std::min(control.first_step, t_end_[l] - t_[l]);
-            return;
-        }
-        constexpr int W = width<T>;
-        double d0[LANES<T>], d1[LANES<T>], d2[LANES<T>], h0[LANES<T>];
-        Vec<T> s0[LANES<T> / W] = {}, s1[LANES<T> / W] = {}, s2[LANES<T> / W] = {};
-        for (int64_t i = 0; i < dim_; ++i)
-            for (int g = 0; g < LANES<T> / W; ++g) {
-                const int64_t at = i * LANES<T> + g * W;
-                const Vec<T> size = scale(magnitude<T>(load(y_ + at)));
-                const Vec<T> y = load(y_ + at) / size, k = load(slope_ + at) / size;
-                s0[g] += y * y, s1[g] += k * k;
-            }
-        norms(s0, dim_, d0), norms(s1, dim_, d1);
-        for (int l = 0; l < LANES<T>; ++l) {
-            const double interval = t_end_[l] - t_[l];
-            h0[l] = d0[l] < 1e-5 || d1[l] < 1e-5 ? 1e-6 : 0.01 * d0[l] / d1[l];
-            h0[l] = std::min(std::isfinite(h0[l]) ? h0[l] : 1e-6, interval);
-            h_[l] = static_cast<T>(h0[l] * sign_[l]);
-            set_time(state_, l, std::min(t_[l] + h0[l], t_end_[l]));
-        }
-        for (int64_t at = 0; at < size_; at += W)
-            store(state_ + at, load(y_ + at) + load(slope_ + at) * load(h_ + at % LANES<T>));
-        evaluator_.evaluate(state_, slope1_);
-        for (int64_t i = 0; i < dim_; ++i)
-            for (int g = 0; g < LANES<T> / W; ++g) {
-                const int64_t at = i * LANES<T> + g * W;
-                const Vec<T> size = scale(magnitude<T>(load(y_ + at)));
-                const Vec<T> change = (load(slope1_ + at) - load(slope_ + at)) / size;
-                s2[g] += change * change;
-            }
-        norms(s2, dim_, d2);
-        for (int l = 0; l < LANES<T>; ++l) {
-            const double interval = t_end_[l] - t_[l];
-            const double second = d2[l] / h0[l];
-            const double steepest = std::isnan(second) ? second : std::max(d1[l], second);
-            const double h1 = steepest <= 1e-15
-                                  ? std::max(1e-6, h0[l] * 1e-3)
-                                  : std::pow(0.01 / steepest, 1 / control.error_order);
-            double h = std::isnan(h1) ? h1 : std::min(100 * h0[l], h1);
-            h = std::min(std::isfinite(h) ? h : h0[l], interval);
-            next_[l] = std::max(h, floor_[l]);
-        }
+        this->begin();
     }
 
     void step(TileRecord<T>* record) {
-        for (int l = 0; l < LANES<T>; ++l) {
-            t1_[l] = t_[l] + next_[l];
-            if (t1_[l] >= near_end_[l]) t1_[l] = t_end_[l];
-            // lanes that have arrived take steps of length zero
-            length_[l] = running_[l] ? t1_[l] - t_[l] : 0.0;
-            if (!running_[l]) t1_[l] = t_[l];
-            h_[l] = static_cast<T>(length_[l] * sign_[l]);
-        }
-        scale_stage(0, slope_);
-        const int last = rk_.n_stages - 1;
-        for (int i = 1; i < last; ++i) {
-            combine(i, state_);
-            evaluate_stage(i, state_, slope1_);
-        }
-        combine(last, y1_);
-        evaluate_stage(last, y1_, slope1_);
-
         double ratio[LANES<T>];
-        judge(ratio);
-        bool moved[LANES<T>];
+        this->attempt(ratio);
         int64_t before[LANES<T>];
-        for (int l = 0; l < LANES<T>; ++l) {
-            moved[l] = accepted_[l] && running_[l];
-            before[l] = output_[l];
-        }
-        if (p_.n_times > 2) write_outputs(moved);
-        if (record) record->add(moved, y_, dim_, t_, t1_, before);
-        move(moved);
-        for (int l = 0; l < LANES<T>; ++l)
-            if (running_[l]) choose_next(l, ratio[l], moved[l]);
-    }
-
-    void scale_stage(int stage, const T* slope) {
-        T* k = k_ + stage * size_;
-        for (int64_t at = 0; at < size_; at += width<T>)
-            store(k + at, load(slope + at) * load(h_ + at % LANES<T>));
-    }
-
-    // state = y + sum of the stages so far
-    void combine(int stage, T* state) const {
-        const T* a = rk_.row(stage);
-        for (int64_t at = 0; at < size_; at += width<T>) {
-            Vec<T> sum = load(y_ + at);
-            for (int j = 0; j < stage; ++j) sum += load(k_ + j * size_ + at) * a[j];
-            store(state + at, sum);
-        }
-    }
-
-    void evaluate_stage(int stage, T* state, T* slope) {
-        if (net_.uses_time)
-            for (int l = 0; l < LANES<T>; ++l)
-                set_time(state, l, stage_time(rk_.c[stage], t_[l], t1_[l]));
-        evaluator_.evaluate(state, slope);
-        scale_stage(stage, slope);
-    }
-
-    // The scaled error of every lane, and whether its step is accepted.
-    void judge(double* ratio) {
-        constexpr int W = width<T>;
-        if (p_.control.step_size > 0) {
-            for (int l = 0; l < LANES<T>; ++l) {
-                accepted_[l] = true, ratio[l] = 0.0;
-                for (int64_t i = 0; i < dim_; ++i)
-                    accepted_[l] = accepted_[l] && std::isfinite(y1_[i * LANES<T> + l]);
-            }
-            return;
-        }
-        Vec<T> squares[2][LANES<T> / W] = {};
-        for (int64_t i = 0; i < dim_; ++i)
-            for (int g = 0; g < LANES<T> / W; ++g) {
-                const int64_t at = i * LANES<T> + g * W;
-                const Vec<T> size = scale(
-                    larger<T>(magnitude<T>(load(y_ + at)), magnitude<T>(load(y1_ + at))));
-                for (int e = 0; e < rk_.n_estimates; ++e) {
-                    const T* weights = rk_.error.data() + e * rk_.n_stages;
-                    Vec<T> error{};
-                    for (int j = 0; j < rk_.n_stages; ++j)
-                        error += load(k_ + j * size_ + at) * weights[j];
-                    error = error / size;
-                    squares[e][g] += error * error;
-                }
-            }
-        norms(squares[0], dim_, ratio);
-        if (rk_.n_estimates == 2) {
-            double coarse[LANES<T>];
-            norms(squares[1], dim_, coarse);
-            for (int l = 0; l < LANES<T>; ++l) {
-                const double fine = ratio[l] * ratio[l];
-                ratio[l] = fine / std::sqrt(fine + 0.01 * coarse[l] * coarse[l] + 1e-300);
-            }
-        }
-        for (int l = 0; l < LANES<T>; ++l) {
-            if (std::isnan(ratio[l])) ratio[l] = std::numeric_limits<double>::infinity();
-            accepted_[l] = ratio[l] <= 1;
-        }
+        std::copy(output_, output_ + LANES<T>, before);
+        if (p_.n_times > 2) write_outputs();
+        if (record) record->add(moved_, y_, rows_, t_, t1_, before);
+        this->conclude(ratio);
     }
 
     // Evaluate the dense output where output times fell into a step.
-    void write_outputs(const bool* moved) {
+    void write_outputs() {
         bool any = false;
         for (int l = 0; l < n_; ++l)
-            if (moved[l] && output_[l] < p_.n_times - 1)
+            if (moved_[l] && output_[l] < p_.n_times - 1)
                 any = any || Times(p_, first_ + l)[output_[l]] <= t1_[l];
         if (!any) return;
         for (int i = rk_.n_stages; i < rk_.n_extended; ++i) {
@@ -402,7 +175,7 @@ private:
                 store(polynomial_ + m * size_ + at, sum);
             }
         for (int l = 0; l < n_; ++l) {
-            if (!moved[l]) continue;
+            if (!moved_[l]) continue;
             const Times times(p_, first_ + l);
             const int64_t before = output_[l];
             for (; output_[l] < p_.n_times - 1; ++output_[l]) {
@@ -411,7 +184,7 @@ private:
                 const double theta = (at - t_[l]) / length_[l];
                 const T x = static_cast<T>(std::min(std::max(theta, 0.0), 1.0));
                 T* to = output(l, output_[l]);
-                for (int64_t i = 0; i < dim_; ++i) {
+                for (int64_t i = 0; i < rows_; ++i) {
                     const T* coefficient = polynomial_ + i * LANES<T> + l;
                     T value = coefficient[(rk_.degree - 1) * size_];
                     for (int m = rk_.degree - 2; m >= 0; --m)
@@ -430,71 +203,13 @@ private:
     }
     T* extra_ = nullptr;
 
-    void move(const bool* moved) {
-        bool all = true;
-        for (int l = 0; l < LANES<T>; ++l) all = all && moved[l];
-        if (all) {
-            std::memcpy(y_, y1_, size_ * sizeof(T));
-            std::swap(slope_, slope1_);
-            return;
-        }
-        for (int64_t i = 0; i < dim_; ++i)
-            for (int l = 0; l < LANES<T>; ++l) {
-                if (!moved[l]) continue;
-                y_[i * LANES<T> + l] = y1_[i * LANES<T> + l];
-                slope_[i * LANES<T> + l] = slope1_[i * LANES<T> + l];
-            }
-    }
-
-    void choose_next(int l, double ratio, bool moved) {
-        const Control& control = p_.control;
-        const bool adaptive = !(control.step_size > 0);
-        ++n_steps_[l];
-        started_[l] = true;
-        if (moved) t_[l] = t1_[l];
-        const double floor = std::max(std::fabs(t_[l]) * RESOLUTION, floor_[l]);
-        // the step may have become longer, by rounding or to reach the end: what was
-        // asked for is what has to shrink
-        const double tried = moved ? length_[l] : std::min(length_[l], next_[l]);
-        if (adaptive) {
-            next_[l] = std::max(tried * factor(l, ratio), floor);
-            rejected_[l] = !moved;
-            if (moved && control.n_history) {
-                history_[l][1] = history_[l][0];
-                history_[l][0] = std::max(ratio, 1e-4);
-            }
-        }
-        if (!moved) {
-            ++n_rejected_[l];
-            if (!adaptive || tried <= floor * 1.001) {
-                const bool bad = !adaptive || std::isinf(ratio);
-                status_[l] = bad ? Status::non_finite : Status::step_too_small;
-                t_end_[l] = near_end_[l] = t_[l];
-            }
-        }
-        running_[l] = t_[l] < t_end_[l];
-    }
-
-    double factor(int l, double ratio) const {
-        const Control& c = p_.control;
-        const double p = c.pcoeff, i = c.icoeff, d = c.dcoeff;
-        double factor =
-            c.safety * std::pow(std::max(ratio, 1e-100), -(p + i + d) / c.error_order);
-        if (c.n_history > 0)
-            factor *= std::pow(history_[l][0], (p + 2 * d) / c.error_order);
-        if (c.n_history > 1) factor *= std::pow(history_[l][1], -d / c.error_order);
-        if (c.n_history && ratio > 1) factor = std::min(factor, c.safety);
-        if (rejected_[l]) factor = std::min(factor, 1.0);
-        return std::min(std::max(factor, c.factor_min), c.factor_max);
-    }
-
     void finish(TileRecord<T>* record) {
         for (int l = 0; l < n_; ++l) {
             const int64_t sample = first_ + l;
             hold(l, std::max(output_[l], first_output_[l]));
-            p_.status[sample] = status_[l];
-            p_.n_steps[sample] = n_steps_[l];
-            p_.n_rejected[sample] = n_rejected_[l];
+            p_.status[sample] = this->status_[l];
+            p_.n_steps[sample] = this->n_steps_[l];
+            p_.n_rejected[sample] = this->n_rejected_[l];
             p_.n_dense[sample] = n_dense_[l];
             p_.next_output[sample] = output_[l];
             p_.t_reached[sample] = t_[l] * sign_[l];
@@ -678,6 +393,51 @@ static void run_jobs(int64_t count, int threads, const Worker& worker) {
     if (failure) std::rethrow_exception(failure);
 }
 
+// The parameters' gradients, summed up over tiles. A chunk of them is summed up by one
+// thread, chunks are summed up in their order: the result is the same for any number of
+// threads.
+template <class T>
+class TileSums {
+public:
+    TileSums(const Network<T>& network, int64_t tiles) : net_(network), tiles_(tiles) {
+        const int64_t size = network.parameters() * static_cast<int64_t>(sizeof(T));
+        const int64_t most = std::max<int64_t>(CHUNK_BYTES / size, 1);
+        const int64_t chunks = std::min({tiles, int64_t{16}, most});
+        arenas_.resize(chunks), sums_.resize(chunks);
+    }
+
+    int64_t chunks() const { return static_cast<int64_t>(sums_.size()); }
+
+    // Call `tile(index, sums)` for the tiles of a chunk.
+    template <class Tile>
+    void fill(int64_t c, const Tile& tile) {
+        for (size_t l = 0; l < net_.depth(); ++l)
+            sums_[c].emplace_back(net_.out(l), net_.in(l), arenas_[c]);
+        const int64_t end = tiles_ * (c + 1) / chunks();
+        for (int64_t i = tiles_ * c / chunks(); i < end; ++i) tile(i, sums_[c]);
+        for (LayerSum<T>& sum : sums_[c]) sum.finish();
+    }
+
+    const std::vector<LayerSum<T>>& total() {
+        for (int64_t c = 1; c < chunks(); ++c)
+            for (size_t l = 0; l < net_.depth(); ++l) {
+                LayerSum<T>&to = sums_[0][l], &from = sums_[c][l];
+                for (int64_t i = 0; i < to.rows * to.stride; ++i) to.weight[i] += from.weight[i];
+                for (int64_t i = 0; i < to.rows; ++i) to.bias[i] += from.bias[i];
+            }
+        return sums_[0];
+    }
+
+private:
+    // all chunks together sum up in no more memory than this, if there are several
+    static constexpr int64_t CHUNK_BYTES = int64_t{1} << 27;
+
+    const Network<T>& net_;
+    int64_t tiles_;
+    std::vector<Arena<T>> arenas_;
+    std::vector<std::vector<LayerSum<T>>> sums_;
+};
+
 template <Activation A, class T>
 class TiledRecording final : public Recording {
 public:
@@ -694,31 +454,16 @@ public:
     }
 
     void reverse(const ReverseProblem& problem) const override {
-        // A chunk is summed up by one thread, chunks are summed up in their order: the
-        // result is the same for any number of threads.
-        const int64_t size = net_.parameters() * static_cast<int64_t>(sizeof(T));
-        const int64_t most = std::max<int64_t>(CHUNK_BYTES / size, 1);
-        const int64_t chunks = std::min({tiles_, int64_t{16}, most});
-        std::vector<Arena<T>> arenas(chunks);
-        std::vector<std::vector<LayerSum<T>>> sums(chunks);
+        TileSums<T> sums(net_, tiles_);
         Watch watch(problem.interrupted);
-        run_jobs(chunks, problem.threads, [&](std::atomic<int64_t>& next) {
+        run_jobs(sums.chunks(), problem.threads, [&](std::atomic<int64_t>& next) {
             TileReverse<A, T> tile(p_, net_, rk_, problem, watch);
-            for (int64_t c = next++; c < chunks; c = next++) {
-                for (size_t l = 0; l < net_.depth(); ++l)
-                    sums[c].emplace_back(net_.out(l), net_.in(l), arenas[c]);
-                const int64_t end = tiles_ * (c + 1) / chunks;
-                for (int64_t i = tiles_ * c / chunks; i < end; ++i)
-                    tile.reverse(i * LANES<T>, records_[i], sums[c]);
-            }
+            for (int64_t c = next++; c < sums.chunks(); c = next++)
+                sums.fill(c, [&](int64_t i, std::vector<LayerSum<T>>& sum) {
+                    tile.reverse(i * LANES<T>, records_[i], sum);
+                });
         });
-        for (int64_t c = 1; c < chunks; ++c)
-            for (size_t l = 0; l < net_.depth(); ++l) {
-                LayerSum<T>&to = sums[0][l], &from = sums[c][l];
-                for (int64_t i = 0; i < to.rows * to.stride; ++i) to.weight[i] += from.weight[i];
-                for (int64_t i = 0; i < to.rows; ++i) to.bias[i] += from.bias[i];
-            }
-        net_.unfold(sums[0], problem.layers);
+        net_.unfold(sums.total(), problem.layers);
     }
 
     int64_t bytes() const override {
@@ -728,9 +473,6 @@ public:
     }
 
 private:
-    // all chunks together sum up in no more memory than this, if there are several
-    static constexpr int64_t CHUNK_BYTES = int64_t{1} << 27;
-
     Problem p_;
     Network<T> net_;
     Coefficients<T> rk_;

@@ -1,0 +1,337 @@
+// One step after another of a tile: every lane with its own time, step size and fate.
+// The numbers are those of integrate.py, which says why; here only how.
+
+// The smallest step worth taking, relative to the time.
+constexpr double RESOLUTION = 4 * 2.220446049250313e-16;
+
+template <class T>
+struct Coefficients {
+    int n_stages, n_extended, degree, n_estimates;
+    std::vector<T> a, error, dense;
+    std::vector<double> c;
+
+    explicit Coefficients(const Tableau& x)
+        : n_stages(x.n_stages), n_extended(x.n_extended), degree(x.degree),
+          n_estimates(x.n_estimates), a(x.a.begin(), x.a.end()),
+          error(x.error.begin(), x.error.end()), dense(x.dense.begin(), x.dense.end()),
+          c(x.c) {}
+
+    const T* row(int stage) const { return a.data() + stage * n_extended; }
+};
+
+// The time of a stage: the ends exactly, and never beyond them.
+static inline double stage_time(double c, double t, double t1) {
+    if (c == 1.0) return t1;
+    const double at = t + c * (t1 - t);
+    return std::min(std::max(at, std::min(t, t1)), std::max(t, t1));
+}
+
+// What all solves of a tile share: steps, their errors, and how long the next one is.
+// Times ascend; `sign_` turns them back.
+template <class T>
+class TileStepper {
+protected:
+    TileStepper(const Control& control, const Coefficients<T>& rk, Watch& watch, int64_t rows)
+        : control_(control), rk_(rk), watch_(watch), rows_(rows), size_(rows * LANES<T>) {
+        // states to evaluate at have room for the time
+        const int64_t wide = size_ + LANES<T>;
+        y_ = arena_.take(size_), slope_ = arena_.take(size_), y1_ = arena_.take(wide);
+        slope1_ = arena_.take(size_), state_ = arena_.take(wide);
+        k_ = arena_.take(size_ * rk.n_extended);
+        h_ = arena_.take(LANES<T>);
+    }
+    ~TileStepper() = default;
+
+    // The slope of a state of (rows, LANES) at ascending times; which stage it is for.
+    // There is room for another row after the state.
+    virtual void evaluate(int stage, T* state, const double* times, T* slope) = 0;
+
+    const Control& control_;
+    const Coefficients<T>& rk_;
+    Watch& watch_;
+    const int64_t rows_, size_;
+    Arena<T> arena_;
+    T *y_, *slope_, *y1_, *slope1_, *state_, *k_, *h_;
+    bool running_[LANES<T>], accepted_[LANES<T>], started_[LANES<T>], moved_[LANES<T>];
+    bool rejected_[LANES<T>];  // whether the last attempt was
+    double t_[LANES<T>], t_end_[LANES<T>], floor_[LANES<T>], next_[LANES<T>];
+    double goal_[LANES<T>], near_goal_[LANES<T>];  // the next stop, or the end
+    double sign_[LANES<T>], t1_[LANES<T>], length_[LANES<T>], history_[LANES<T>][2];
+    int64_t status_[LANES<T>], n_steps_[LANES<T>], n_rejected_[LANES<T>];
+
+    bool any_running() const {
+        for (int l = 0; l < LANES<T>; ++l)
+            if (running_[l]) return true;
+        return false;
+    }
+
+    // Evaluate the first slope and choose the first step, from y_, t_, t_end_, sign_.
+    void begin() {
+        std::memcpy(state_, y_, size_ * sizeof(T));
+        evaluate(0, state_, t_, slope_);
+        for (int l = 0; l < LANES<T>; ++l) {
+            status_[l] = n_steps_[l] = n_rejected_[l] = 0;
+            history_[l][0] = history_[l][1] = 1.0;
+            started_[l] = rejected_[l] = false;
+            bool good = true;
+            for (int64_t i = 0; i < rows_; ++i)
+                good = good && std::isfinite(y_[i * LANES<T> + l]) &&
+                       std::isfinite(slope_[i * LANES<T> + l]);
+            const double interval = t_end_[l] - t_[l];
+            if (!good) {
+                for (int64_t i = 0; i < rows_; ++i)
+                    y_[i * LANES<T> + l] = slope_[i * LANES<T> + l] = T(0);
+                if (interval > 0) status_[l] = Status::non_finite;
+                t_end_[l] = t_[l];
+            }
+            const double least = std::max(control_.min_step, 2.2250738585072014e-308);
+            floor_[l] = std::max(interval * (1e-3 * 2.220446049250313e-16), least);
+            running_[l] = t_[l] < t_end_[l];
+            aim(l, t_end_[l], 1e-6 * std::max(control_.step_size, 0.0));
+        }
+        choose_first();
+    }
+
+    // Step to a goal; a step that gets as near as this goes there.
+    void aim(int l, double goal, double slack = 0.0) {
+        goal_[l] = goal;
+        const double largest = std::max(std::fabs(t_[l]), std::fabs(goal));
+        near_goal_[l] = goal - std::max(4 * RESOLUTION * largest, slack);
+    }
+
+    // Take steps until all lanes are done or have tried often enough.
+    template <class Step>
+    void run(const Step& step) {
+        for (int64_t attempt = 0; any_running(); ++attempt) {
+            if (attempt == control_.max_steps) {
+                for (int l = 0; l < LANES<T>; ++l)
+                    if (running_[l]) status_[l] = Status::max_steps;
+                break;
+            }
+            watch_.look();
+            step();
+        }
+    }
+
+    // Attempt a step, up to who may move and by which errors.
+    void attempt(double* ratio) {
+        for (int l = 0; l < LANES<T>; ++l) {
+            t1_[l] = t_[l] + next_[l];
+            if (t1_[l] >= near_goal_[l]) t1_[l] = goal_[l];
+            // lanes that have arrived take steps of length zero
+            length_[l] = running_[l] ? t1_[l] - t_[l] : 0.0;
+            if (!running_[l]) t1_[l] = t_[l];
+            h_[l] = static_cast<T>(length_[l] * sign_[l]);
+        }
+        scale_stage(0, slope_);
+        const int last = rk_.n_stages - 1;
+        for (int i = 1; i < last; ++i) {
+            combine(i, state_);
+            evaluate_stage(i, state_, slope1_);
+        }
+        combine(last, y1_);
+        evaluate_stage(last, y1_, slope1_);
+        judge(ratio);
+        for (int l = 0; l < LANES<T>; ++l) moved_[l] = accepted_[l] && running_[l];
+    }
+
+    // Move those that may, and choose everyone's next step.
+    void conclude(const double* ratio) {
+        move(moved_);
+        for (int l = 0; l < LANES<T>; ++l)
+            if (running_[l]) choose_next(l, ratio[l], moved_[l]);
+    }
+
+    // Root mean squares over the components of every lane.
+    static void norms(const Vec<T>* squares, int64_t n, double* out) {
+        constexpr int W = width<T>;
+        for (int l = 0; l < LANES<T>; ++l)
+            out[l] = static_cast<double>(std::sqrt(squares[l / W][l % W])) /
+                     std::sqrt(static_cast<double>(n));
+    }
+
+    Vec<T> scale(Vec<T> size) const {
+        const T least = std::max(static_cast<T>(control_.atol), std::numeric_limits<T>::min());
+        return size * static_cast<T>(control_.rtol) + least;
+    }
+
+    void choose_first() {
+        const Control& control = control_;
+        if (control.step_size > 0) {
+            std::fill(next_, next_ + LANES<T>, control.step_size);
+            return;
+        }
+        if (control.first_step > 0) {
+            for (int l = 0; l < LANES<T>; ++l)
+                next_[l] = std::min(control.first_step, t_end_[l] - t_[l]);
+            return;
+        }
+        constexpr int W = width<T>;
+        double d0[LANES<T>], d1[LANES<T>], d2[LANES<T>], h0[LANES<T>], at[LANES<T>];
+        Vec<T> s0[LANES<T> / W] = {}, s1[LANES<T> / W] = {}, s2[LANES<T> / W] = {};
+        for (int64_t i = 0; i < rows_; ++i)
+            for (int g = 0; g < LANES<T> / W; ++g) {
+                const int64_t place = i * LANES<T> + g * W;
+                const Vec<T> size = scale(magnitude<T>(load(y_ + place)));
+                const Vec<T> y = load(y_ + place) / size, k = load(slope_ + place) / size;
+                s0[g] += y * y, s1[g] += k * k;
+            }
+        norms(s0, rows_, d0), norms(s1, rows_, d1);
+        for (int l = 0; l < LANES<T>; ++l) {
+            const double interval = t_end_[l] - t_[l];
+            h0[l] = d0[l] < 1e-5 || d1[l] < 1e-5 ? 1e-6 : 0.01 * d0[l] / d1[l];
+            h0[l] = std::min(std::isfinite(h0[l]) ? h0[l] : 1e-6, interval);
+            h_[l] = static_cast<T>(h0[l] * sign_[l]);
+            at[l] = std::min(t_[l] + h0[l], t_end_[l]);
+        }
+        for (int64_t i = 0; i < size_; i += W)
+            store(state_ + i, load(y_ + i) + load(slope_ + i) * load(h_ + i % LANES<T>));
+        evaluate(1, state_, at, slope1_);
+        for (int64_t i = 0; i < rows_; ++i)
+            for (int g = 0; g < LANES<T> / W; ++g) {
+                const int64_t place = i * LANES<T> + g * W;
+                const Vec<T> size = scale(magnitude<T>(load(y_ + place)));
+                const Vec<T> change = (load(slope1_ + place) - load(slope_ + place)) / size;
+                s2[g] += change * change;
+            }
+        norms(s2, rows_, d2);
+        for (int l = 0; l < LANES<T>; ++l) {
+            const double interval = t_end_[l] - t_[l];
+            const double second = d2[l] / h0[l];
+            const double steepest = std::isnan(second) ? second : std::max(d1[l], second);
+            const double h1 = steepest <= 1e-15
+                                  ? std::max(1e-6, h0[l] * 1e-3)
+                                  : std::pow(0.01 / steepest, 1 / control.error_order);
+            double h = std::isnan(h1) ? h1 : std::min(100 * h0[l], h1);
+            h = std::min(std::isfinite(h) ? h : h0[l], interval);
+            next_[l] = std::max(h, floor_[l]);
+        }
+    }
+
+    void scale_stage(int stage, const T* slope) {
+        T* k = k_ + stage * size_;
+        for (int64_t at = 0; at < size_; at += width<T>)
+            store(k + at, load(slope + at) * load(h_ + at % LANES<T>));
+    }
+
+    // state = y + sum of the stages so far
+    void combine(int stage, T* state) const {
+        const T* a = rk_.row(stage);
+        for (int64_t at = 0; at < size_; at += width<T>) {
+            Vec<T> sum = load(y_ + at);
+            for (int j = 0; j < stage; ++j) sum += load(k_ + j * size_ + at) * a[j];
+            store(state + at, sum);
+        }
+    }
+
+    void evaluate_stage(int stage, T* state, T* slope) {
+        double times[LANES<T>];
+        for (int l = 0; l < LANES<T>; ++l)
+            times[l] = stage_time(rk_.c[stage], t_[l], t1_[l]);
+        evaluate(stage, state, times, slope);
+        scale_stage(stage, slope);
+    }
+
+    // The scaled error of every lane, and whether its step is accepted.
+    void judge(double* ratio) {
+        constexpr int W = width<T>;
+        if (control_.step_size > 0) {
+            for (int l = 0; l < LANES<T>; ++l) {
+                accepted_[l] = true, ratio[l] = 0.0;
+                for (int64_t i = 0; i < rows_; ++i)
+                    accepted_[l] = accepted_[l] && std::isfinite(y1_[i * LANES<T> + l]);
+            }
+            return;
+        }
+        Vec<T> squares[2][LANES<T> / W] = {};
+        for (int64_t i = 0; i < rows_; ++i)
+            for (int g = 0; g < LANES<T> / W; ++g) {
+                const int64_t at = i * LANES<T> + g * W;
+                const Vec<T> size = scale(
+                    larger<T>(magnitude<T>(load(y_ + at)), magnitude<T>(load(y1_ + at))));
+                for (int e = 0; e < rk_.n_estimates; ++e) {
+                    const T* weights = rk_.error.data() + e * rk_.n_stages;
+                    Vec<T> error{};
+                    for (int j = 0; j < rk_.n_stages; ++j)
+                        error += load(k_ + j * size_ + at) * weights[j];
+                    error = error / size;
+                    squares[e][g] += error * error;
+                }
+            }
+        norms(squares[0], rows_, ratio);
+        if (rk_.n_estimates == 2) {
+            double coarse[LANES<T>];
+            norms(squares[1], rows_, coarse);
+            for (int l = 0; l < LANES<T>; ++l) {
+                const double fine = ratio[l] * ratio[l];
+                ratio[l] = fine / std::sqrt(fine + 0.01 * coarse[l] * coarse[l] + 1e-300);
+            }
+        }
+        for (int l = 0; l < LANES<T>; ++l) {
+            if (std::isnan(ratio[l])) ratio[l] = std::numeric_limits<double>::infinity();
+            accepted_[l] = ratio[l] <= 1;
+        }
+    }
+
+    void move(const bool* moved) {
+        bool all = true;
+        for (int l = 0; l < LANES<T>; ++l) all = all && moved[l];
+        if (all) {
+            std::memcpy(y_, y1_, size_ * sizeof(T));
+            std::swap(slope_, slope1_);
+            return;
+        }
+        for (int64_t i = 0; i < rows_; ++i)
+            for (int l = 0; l < LANES<T>; ++l) {
+                if (!moved[l]) continue;
+                y_[i * LANES<T> + l] = y1_[i * LANES<T> + l];
+                slope_[i * LANES<T> + l] = slope1_[i * LANES<T> + l];
+            }
+    }
+
+    void choose_next(int l, double ratio, bool moved) {
+        const Control& control = control_;
+        const bool adaptive = !(control.step_size > 0);
+        ++n_steps_[l];
+        started_[l] = true;
+        if (moved) t_[l] = t1_[l];
+        const double floor = std::max(std::fabs(t_[l]) * RESOLUTION, floor_[l]);
+        // the step may have become longer, by rounding or to reach the end: what was
+        // asked for is what has to shrink
+        const double tried = moved ? length_[l] : std::min(length_[l], next_[l]);
+        if (adaptive) {
+            // a step that was cut short says little about the next one
+            const bool cut = moved && t1_[l] == goal_[l] && length_[l] < next_[l];
+            const double least = cut ? next_[l] : 0.0;
+            const bool grows = tried * control.factor_max > least;
+            next_[l] = std::max({grows ? tried * factor(l, ratio) : 0.0, least, floor});
+            rejected_[l] = !moved;
+            if (moved && control.n_history) {
+                history_[l][1] = history_[l][0];
+                history_[l][0] = std::max(ratio, 1e-4);
+            }
+        }
+        if (!moved) {
+            ++n_rejected_[l];
+            if (!adaptive || tried <= floor * 1.001) {
+                const bool bad = !adaptive || std::isinf(ratio);
+                status_[l] = bad ? Status::non_finite : Status::step_too_small;
+                t_end_[l] = goal_[l] = near_goal_[l] = t_[l];
+            }
+        }
+        running_[l] = t_[l] < t_end_[l];
+    }
+
+    double factor(int l, double ratio) const {
+        const Control& c = control_;
+        const double p = c.pcoeff, i = c.icoeff, d = c.dcoeff;
+        double factor =
+            c.safety * std::pow(std::max(ratio, 1e-100), -(p + i + d) / c.error_order);
+        if (c.n_history > 0)
+            factor *= std::pow(history_[l][0], (p + 2 * d) / c.error_order);
+        if (c.n_history > 1) factor *= std::pow(history_[l][1], -d / c.error_order);
+        if (c.n_history && ratio > 1) factor = std::min(factor, c.safety);
+        if (rejected_[l]) factor = std::min(factor, 1.0);
+        return std::min(std::max(factor, c.factor_min), c.factor_max);
+    }
+};
