@@ -57,9 +57,11 @@ class ODENetClassifier(ClassifierMixin, BaseODEEstimator):
         probabilities stay about ``label_smoothing / n_classes`` away from 0. Use 0 for
         the plain log-loss.
     solver : {"dopri5", "tsit5", "bosh3", "dopri8", "heun", "rk4", "midpoint", \
-            "euler"}, default="dopri5"
-        ODE solver. The last three take constant steps of length ``step_size``, the
-        others adapt them to the tolerance.
+            "euler", "adams", "rodas5p", "scipy_rk45", "scipy_rk23", "scipy_dop853", \
+            "scipy_radau", "scipy_bdf", "scipy_lsoda"}, default="dopri5"
+        ODE solver, as in `sknode.ode.solve_ode`. "rk4", "midpoint" and "euler" take
+        constant steps of length ``step_size``, the others adapt them to the tolerance.
+        "adams" and those of scipy train with ``gradient="continuous"`` only.
     rtol, atol : float, default=1e-2
         Relative and absolute tolerance of the solver. Read again at prediction:
         ``clf.set_params(rtol=1e-6).predict(X)`` solves more accurately with the same

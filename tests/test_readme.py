@@ -4,6 +4,8 @@ import re
 import warnings
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -20,6 +22,16 @@ def test_examples_run(capsys):
     assert names["search"].best_score_ > 0.93
     assert names["net"].score(names["X"], names["y"]) > 0.95
     assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", sorted(p.name for p in (ROOT / "docs").glob("*.md")))
+def test_examples_of_the_documentation_run(page):
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    names = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+            exec(compile(block, page, "exec"), names)
 
 
 def test_links_and_commands_lead_somewhere():
