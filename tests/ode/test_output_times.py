@@ -4,9 +4,12 @@ import pytest
 import torch
 import torchdiffeq
 
-from sknode.ode import METHODS, solve_ode
+from sknode import ode
+from sknode.ode import solve_ode
 from sknode.ode.methods import get_method
 
+# scipy evaluates all outputs of a step together, which rounds in its own ways
+METHODS = [m for m in ode.METHODS if not m.startswith("scipy_")]
 ADAPTIVE = [m for m in METHODS if get_method(m).adaptive]
 
 

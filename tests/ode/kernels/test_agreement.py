@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sknode.fields import ACTIVATIONS
-from sknode.ode import METHODS, StepController, kernels, solve_ode
-from sknode.ode.tableaus import get_tableau
+from sknode.ode import StepController, kernels, solve_ode
+from sknode.ode.tableaus import METHODS, get_tableau
 
 WIDTHS = (1, 3, 5, 16, 17, 64)
 SMOOTH = [name for name in ACTIVATIONS if name not in ("relu", "elu")]
