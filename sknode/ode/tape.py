@@ -81,6 +81,8 @@ class Tape:
         if self.need_times:
             for h, times, _ in self._steps:
                 inputs += [h, *times]
+        first = [self._start, *(x for h, times, _ in self._steps for x in (h, *times))]
+        self.field.check_captured(self._results, first)
         # tensors that the field has captured may have a history that all steps share
         grads = torch.autograd.grad(
             self._results,

@@ -222,12 +222,28 @@ class AutogradField:
             for x, grad in zip(inputs, grads, strict=True)
         ]
 
+    def check_captured(self, values: Sequence[Tensor], inputs: Sequence[Tensor]):
+        """Raise if values depend on tensors that the first evaluation did not show.
+
+        Their gradients would be lost without a word.
+        """
+        if isinstance(self.f, torch.nn.Module):
+            return  # all of its parameters are known
+        known = {id(x) for x in (*self.parameters, *inputs)}
+        if any(id(x) not in known for value in values for x in _leaves(value)):
+            raise ValueError(
+                "f depends on a tensor that requires a gradient but took no part in "
+                "its first evaluation (in another branch of f?). Make it a parameter "
+                "of f, a torch.nn.Module."
+            )
+
     def linearize(self, stage, t, y):
         with torch.enable_grad():
             # y is memory of the solver's, which is written again before the pullback
             t = t.detach().requires_grad_()
             y = y.detach().clone().requires_grad_()
             value = self.evaluate(t, y)
+        self.check_captured([value], [t, y])
         self._stages[stage] = (t, y, value)
         return value.detach()
 
@@ -376,6 +392,10 @@ class FieldView:
             stage, cotangent.view(shape), time, out.view(shape)
         )
         return None if grad_t is None else grad_t.reshape(-1)
+
+    def check_captured(self, values, inputs):
+        """Raise if a field that has to be probed depends on unknown tensors."""
+        self.field.check_captured(values, inputs)
 
     def add_gradients(self, grads):
         """Add to the gradients of the parameters of a field that has to be probed."""

@@ -107,6 +107,19 @@ def test_what_a_function_has_captured_gets_its_gradient(y0):
     torch.testing.assert_close(grad, expected.detach(), rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("gradient", ["discrete", "continuous"])
+def test_what_a_function_captures_for_later_is_not_lost(gradient, y0):
+    early = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    late = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+
+    def f(t, y):
+        return -(late if (t > 0.5).any() else early) * y
+
+    y = solve_ode(f, y0, [0.0, 1.0], gradient=gradient).y
+    with pytest.raises(ValueError, match="took no part in its first evaluation"):
+        y.sum().backward()
+
+
 def test_parameters_without_influence_have_none(y0):
     class Field(torch.nn.Module):
         def __init__(self):
