@@ -304,7 +304,9 @@ class TestGradients:
             settings |= {"options": {"max_iters": 30}}
 
         def run(y0, t, weight):
-            field = lambda t, y: torch.tanh(y @ weight) * torch.cos(t) - 0.1 * y * t  # noqa: E731
+            def field(t, y):
+                return torch.tanh(y @ weight) * torch.cos(t) - 0.1 * y * t
+
             return odeint(field, y0, t, **settings)
 
         assert torch.autograd.gradcheck(run, (y0, t, f.weight))
