@@ -8,12 +8,20 @@ from importlib import import_module
 
 from sknode._version import __version__
 
-__all__ = ["ODENetClassifier", "__version__", "fields", "ode", "show_versions"]
+__all__ = [
+    "ODENetClassifier",
+    "ODENetRegressor",
+    "__version__",
+    "fields",
+    "ode",
+    "show_versions",
+]
 
 # Loaded when first asked for: a torch user who wants the solver does not wait for
 # scikit-learn, and importing the package costs next to nothing.
 _HOME = {
     "ODENetClassifier": "sknode.odenet",
+    "ODENetRegressor": "sknode.odenet",
     "show_versions": "sknode._show_versions",
 }
 

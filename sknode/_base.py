@@ -23,10 +23,6 @@ from sknode.ode.methods import get_method
 
 __all__ = ["SHARED_CONSTRAINTS", "BaseODEEstimator"]
 
-# Rows are predicted in blocks of this size, to bound memory. A multiple of the solver's
-# block, so that it makes no difference to the result.
-CHUNK = 4096
-
 SHARED_CONSTRAINTS = {
     "hidden_layer_sizes": ["array-like", Interval(Integral, 1, None, closed="left")],
     "activation": [StrOptions(set(ACTIVATIONS))],

@@ -1,18 +1,24 @@
-"""The torch module behind the ODE-Net estimators."""
+"""The torch modules behind the ODE-Net estimators."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from sknode.fields import MLPField
+from sknode.fields import ConvField, EnergyField, MLPField
+from sknode.fields.activations import get_activation
+from sknode.fields.conv import group_norm
 from sknode.ode import Solution, SolverError
 from sknode.ode.solve import solve
 
-__all__ = ["ODENetwork", "SolverSettings"]
+__all__ = ["ImageNetwork", "Network", "SolverSettings", "TabularNetwork"]
+
+# What makes a row depend on its neighbours, or a slope on chance.
+UNSUITABLE = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 
 
 @dataclass(frozen=True)
@@ -38,11 +44,62 @@ class SolverSettings:
             max_steps=self.max_steps,
             gradient=self.gradient,
             step_size=self.step_size,
+            row_wise=True,
         )
 
 
-class ODENetwork(nn.Module):
+class Network(nn.Module):
     """Standardise, map into the state space, flow from t = 0 to 1, map out.
+
+    A subclass builds ``input_map``, from standardised features to states, and
+    ``output_map``, and calls `set_field`.
+    """
+
+    field: nn.Module
+    state_shape: tuple[int, ...]
+
+    def set_field(self, default: Callable[[], nn.Module], vector_field) -> None:
+        """Make the vector field: a default, or by the caller's factory."""
+        if vector_field is None:
+            self.field = default()
+        else:
+            self.field = make_field(vector_field, self.state_shape)
+
+    def initial_state(self, x: Tensor) -> Tensor:
+        """Return the states at t = 0 of (n, n_features) rows in the units of X."""
+        raise NotImplementedError
+
+    def flow(self, x: Tensor, solver: SolverSettings, t: Tensor | None = None):
+        """Solve for (n, n_features) rows; return the `Solution`."""
+        return solver.solve(self.field, self.initial_state(x), _interval(t))
+
+    def forward(self, x: Tensor, solver: SolverSettings) -> tuple[Tensor, Tensor]:
+        """Return outputs (n, n_outputs) and function evaluations (n,).
+
+        Raises
+        ------
+        SolverError
+            If a sample did not get to t = 1.
+        """
+        solution = _check(self.flow(x, solver))
+        return self.output_map(solution.y[:, -1]), solution.stats["n_f_evals"]
+
+    def forward_with_energy(
+        self, x: Tensor, solver: SolverSettings, probe: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return also what the flow spent, kinetic energy and Jacobian, (n,) each.
+
+        See `sknode.fields.EnergyField`.
+        """
+        field = EnergyField(self.field, self.state_shape, probe)
+        start = field.start(self.initial_state(x))
+        solution = _check(solver.solve(field, start, _interval()))
+        y, kinetic, jacobian = field.split(solution.y[:, -1])
+        return self.output_map(y), solution.stats["n_f_evals"], kinetic, jacobian
+
+
+class TabularNetwork(Network):
+    """The network for rows of features.
 
     Parameters
     ----------
@@ -54,49 +111,188 @@ class ODENetwork(nn.Module):
         Activation of the vector field.
     augment_dim : int
         State dimensions beyond the features, zero at t = 0.
+    vector_field : callable, optional
+        Makes another vector field from the shape of the state.
     """
 
     def __init__(
-        self, n_features, n_outputs, hidden_layer_sizes, activation, augment_dim
+        self,
+        n_features,
+        n_outputs,
+        hidden_layer_sizes,
+        activation,
+        augment_dim,
+        vector_field=None,
     ):
         super().__init__()
         self.augment_dim = augment_dim
         state = n_features + augment_dim
+        self.state_shape = (state,)
         self.register_buffer("mean", torch.zeros(n_features))
         self.register_buffer("scale", torch.ones(n_features))
         self.input_map = nn.Linear(n_features, n_features)
-        self.field = MLPField(state, hidden_layer_sizes, activation, True)
+        self.set_field(
+            lambda: _unit_gain(MLPField(state, hidden_layer_sizes, activation, True)),
+            vector_field,
+        )
         self.output_map = nn.Linear(state, n_outputs)
         with torch.no_grad():
             # start from the features themselves
             self.input_map.weight.copy_(torch.eye(n_features))
             self.input_map.bias.zero_()
-            # Uniform with variance 1 / fan_in, three times torch's own, as LeCun et
-            # al., "Efficient BackProp" (1998): else the hidden units start out all but
-            # linear, and a field of a few features stays so for many epochs.
-            for parameter in self.field.layers[0].parameters():
-                parameter.mul_(math.sqrt(3.0))
 
     def initial_state(self, x: Tensor) -> Tensor:
         """Return the states at t = 0 of (n, n_features) rows in the units of X."""
         state = self.input_map((x - self.mean) / self.scale)
         return nn.functional.pad(state, (0, self.augment_dim))
 
-    def flow(self, x: Tensor, solver: SolverSettings, t: Tensor | None = None):
-        """Solve for (n, n_features) rows; return the `Solution`."""
-        if t is None:
-            t = torch.tensor([0.0, 1.0], dtype=torch.float64)
-        return solver.solve(self.field, self.initial_state(x), t)
 
-    def forward(self, x: Tensor, solver: SolverSettings) -> tuple[Tensor, Tensor]:
-        """Return outputs (n, n_outputs) and function evaluations (n,).
+class ImageNetwork(Network):
+    """The network for images, after that for MNIST of Chen et al. (2018).
 
-        Raises
-        ------
-        SolverError
-            If a sample did not get to t = 1.
-        """
-        solution = self.flow(x, solver)
-        if not solution.success:
-            raise SolverError(solution.failure_report())
-        return self.output_map(solution.y[:, -1]), solution.stats["n_f_evals"]
+    Convolutions that halve the image until it is small, an ODE of convolutions, the
+    mean over the image and a linear map.
+
+    Parameters
+    ----------
+    image_shape : tuple of int
+        Channels, height and width.
+    n_outputs : int
+        Size of the output.
+    n_channels : int
+        Channels of the convolutions and of the state.
+    n_downsamplings : int
+        How often the image is halved before the ODE.
+    hidden_layer_sizes : tuple of int
+        Hidden channels of the vector field.
+    activation : str
+        Activation everywhere.
+    augment_dim : int
+        Channels of the state beyond ``n_channels``, zero at t = 0.
+    vector_field : callable, optional
+        Makes another vector field from the shape of the state.
+    """
+
+    def __init__(
+        self,
+        image_shape,
+        n_outputs,
+        n_channels,
+        n_downsamplings,
+        hidden_layer_sizes,
+        activation,
+        augment_dim,
+        vector_field=None,
+    ):
+        super().__init__()
+        self.image_shape, self.augment_dim = tuple(image_shape), augment_dim
+        n_colours, *size = self.image_shape
+        self.register_buffer("mean", torch.zeros(n_colours, 1, 1))
+        self.register_buffer("scale", torch.ones(n_colours, 1, 1))
+        # the first convolution sees every pixel: halving in it costs accuracy
+        layers = [nn.Conv2d(n_colours, n_channels, 3, padding=1)]
+        for _ in range(n_downsamplings):
+            layers += [
+                group_norm(n_channels),
+                Activation(activation),
+                nn.Conv2d(n_channels, n_channels, 3, stride=2, padding=1),
+            ]
+            size = [-(-n // 2) for n in size]
+        self.input_map = nn.Sequential(*layers)
+        channels = n_channels + augment_dim
+        self.state_shape = (channels, *size)
+        self.set_field(
+            lambda: ConvField(channels, hidden_layer_sizes, activation), vector_field
+        )
+        self.output_map = nn.Sequential(
+            group_norm(channels),
+            Activation(activation),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(channels, n_outputs),
+        )
+
+    def initial_state(self, x: Tensor) -> Tensor:
+        """Return the states at t = 0 of (n, n_features) rows in the units of X."""
+        images = (x.unflatten(1, self.image_shape) - self.mean) / self.scale
+        state = self.input_map(images)
+        return nn.functional.pad(state, (0, 0, 0, 0, 0, self.augment_dim))
+
+
+class Activation(nn.Module):
+    """An activation by its name."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply it."""
+        return get_activation(self.name).function(x)
+
+    def extra_repr(self) -> str:
+        """Name it."""
+        return self.name
+
+
+def make_field(vector_field: Callable, state_shape: tuple[int, ...]) -> nn.Module:
+    """Call a factory and try out what it made.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If that is no vector field for states of this shape, with rows of their own.
+    """
+    field = vector_field(state_shape)
+    if not isinstance(field, nn.Module):
+        raise TypeError(
+            "vector_field must return a torch.nn.Module. "
+            f"Got {type(field).__name__} instead."
+        )
+    for module in field.modules():
+        if isinstance(module, UNSUITABLE):
+            raise ValueError(
+                f"vector_field made a module with {type(module).__name__}, which makes "
+                "a prediction depend on other rows or on chance. Use GroupNorm or "
+                "LayerNorm, and alpha for regularisation."
+            )
+    field = field.float()
+    t, y = torch.zeros(2, *(1 for _ in state_shape)), torch.zeros(2, *state_shape)
+    try:
+        with torch.no_grad():
+            slope = field(t, y)
+    except Exception as error:
+        raise ValueError(
+            "The module that vector_field made fails for times of shape "
+            f"{tuple(t.shape)} and states of shape {tuple(y.shape)}: {error}"
+        ) from error
+    if not isinstance(slope, Tensor) or slope.shape != y.shape:
+        got = tuple(slope.shape) if isinstance(slope, Tensor) else type(slope).__name__
+        raise ValueError(
+            "The module that vector_field made must return slopes in the shape of the "
+            f"states, {tuple(y.shape)}. Got {got} instead."
+        )
+    return field
+
+
+def _unit_gain(field: MLPField) -> MLPField:
+    """Let the hidden units of a field start with unit variance.
+
+    Uniform with variance 1 / fan_in, three times torch's own, as LeCun et al.,
+    "Efficient BackProp" (1998): else the hidden units start out all but linear, and a
+    field of a few features stays so for many epochs.
+    """
+    with torch.no_grad():
+        for parameter in field.layers[0].parameters():
+            parameter.mul_(math.sqrt(3.0))
+    return field
+
+
+def _interval(t: Tensor | None = None) -> Tensor:
+    return torch.tensor([0.0, 1.0], dtype=torch.float64) if t is None else t
+
+
+def _check(solution: Solution) -> Solution:
+    if not solution.success:
+        raise SolverError(solution.failure_report())
+    return solution

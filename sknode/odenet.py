@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
-from numbers import Integral, Real
+from numbers import Real
 from typing import ClassVar
 
 import numpy as np
 import torch
-from sklearn.base import ClassifierMixin, _fit_context
-from sklearn.model_selection import train_test_split
+from sklearn.base import ClassifierMixin, RegressorMixin, _fit_context
+from sklearn.metrics import accuracy_score, r2_score
 from sklearn.utils import compute_class_weight
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import (
-    _check_sample_weight,
-    check_is_fitted,
-    column_or_1d,
-)
+from sklearn.utils.validation import column_or_1d
 from torch.nn import functional as F
 
-from sknode._base import CHUNK, SHARED_CONSTRAINTS, BaseODEEstimator
-from sknode._network import ODENetwork
-from sknode._training import History, make_optimizer, train
-from sknode.ode import SolverWarning
-from sknode.ode.integrate import ROW_BLOCK
+from sknode._odenet_base import BaseODENet
 
-__all__ = ["ODENetClassifier"]
+__all__ = ["ODENetClassifier", "ODENetRegressor"]
 
 
-class ODENetClassifier(ClassifierMixin, BaseODEEstimator):
+class ODENetClassifier(ClassifierMixin, BaseODENet):
     r"""Classifier whose hidden layers are the flow of a learned ODE.
 
     The standardised features are mapped linearly into a state ``z(0)``, which follows
@@ -45,9 +35,26 @@ class ODENetClassifier(ClassifierMixin, BaseODEEstimator):
     activation : {"tanh", "softplus", "silu", "elu", "sigmoid", "relu"}, default="silu"
         Activation of the vector field. Smooth ones need fewer evaluations; "tanh"
         bounds the slopes.
+    image_shape : tuple of (channels, height, width), optional
+        Shape of an image, if the rows of X are images: channels first, the last axis
+        fastest, as ``images.reshape(n_samples, -1)`` makes them. The network is then
+        convolutional, as that for MNIST in [1]_, and of single precision by default.
+    n_channels : int, default=64
+        With ``image_shape``, the channels of the convolutions and of the state;
+        ``hidden_layer_sizes`` are the channels inside the vector field.
+    n_downsamplings : int, optional
+        With ``image_shape``, how often the image is halved before the ODE; by default
+        until its shorter side is at most 8 pixels.
     augment_dim : int, default=0
-        State dimensions beyond the features. Flows cannot cross: with a few dimensions
-        more they can pass by each other [2]_.
+        State dimensions (channels, for images) beyond the features. Flows cannot
+        cross: with a few dimensions more they can pass by each other [2]_.
+    vector_field : callable, optional
+        Makes another vector field than the built-in one: called with the shape of a
+        state, a tuple, it returns a `torch.nn.Module` whose ``forward(t, y)`` maps
+        times (n, 1, ...) and states (n, \*shape) to slopes in the shape of the states,
+        row by row. A class will do. It is called again when an estimator is unpickled,
+        so it has to be importable; ``hidden_layer_sizes`` and ``activation`` do not
+        reach it.
     class_weight : dict, "balanced" or None, default=None
         Weights of the classes. "balanced" is inversely proportional to their
         frequencies.
@@ -56,6 +63,13 @@ class ODENetClassifier(ClassifierMixin, BaseODEEstimator):
         finite margins instead of pushing them up for ever, which generalises better;
         probabilities stay about ``label_smoothing / n_classes`` away from 0. Use 0 for
         the plain log-loss.
+    kinetic_penalty : float, default=0
+        Strength of a penalty on the kinetic energy of the flow, the mean of ``f^2``
+        over state and time [3]_. Flows become straighter and need fewer evaluations.
+        Training takes longer: the compiled kernels do not serve it.
+    jacobian_penalty : float, default=0
+        Strength of a penalty on the mean square of ``e^T df/dz`` over state and time,
+        with random signs ``e`` drawn for every batch [3]_. Flows become smoother.
     solver : {"dopri5", "tsit5", "bosh3", "dopri8", "heun", "rk4", "midpoint", \
             "euler", "adams", "rodas5p", "scipy_rk45", "scipy_rk23", "scipy_dop853", \
             "scipy_radau", "scipy_bdf", "scipy_lsoda"}, default="dopri5"
@@ -100,7 +114,7 @@ class ODENetClassifier(ClassifierMixin, BaseODEEstimator):
     device : str, default="cpu"
         Torch device; "auto" is an accelerator if there is one.
     dtype : {"auto", "float32", "float64"}, default="auto"
-        Precision. "auto" is that of X, and float32 on an accelerator.
+        Precision. "auto" is that of X, and float32 on an accelerator and for images.
     verbose : bool, default=False
         Whether to print a line an epoch.
     random_state : int, RandomState instance or None, default=None
@@ -131,6 +145,7 @@ class ODENetClassifier(ClassifierMixin, BaseODEEstimator):
 
     See Also
     --------
+    ODENetRegressor : The same for numbers.
     sklearn.neural_network.MLPClassifier : Multilayer perceptron.
     sknode.ode.solve_ode : The solver.
 
@@ -144,6 +159,8 @@ class ODENetClassifier(ClassifierMixin, BaseODEEstimator):
     .. [1] Chen, Rubanova, Bettencourt & Duvenaud, "Neural Ordinary Differential
        Equations", NeurIPS 2018.
     .. [2] Dupont, Doucet & Teh, "Augmented Neural ODEs", NeurIPS 2019.
+    .. [3] Finlay, Jacobsen, Nurbekyan & Oberman, "How to train your neural ODE: the
+       world of Jacobian and kinetic regularization", ICML 2020.
 
     Examples
     --------
@@ -158,8 +175,7 @@ class ODENetClassifier(ClassifierMixin, BaseODEEstimator):
     """
 
     _parameter_constraints: ClassVar[dict] = {
-        **SHARED_CONSTRAINTS,
-        "augment_dim": [Interval(Integral, 0, None, closed="left")],
+        **BaseODENet._parameter_constraints,
         "class_weight": [dict, StrOptions({"balanced"}), None],
         "label_smoothing": [Interval(Real, 0, 1, closed="left")],
     }
@@ -169,9 +185,15 @@ class ODENetClassifier(ClassifierMixin, BaseODEEstimator):
         hidden_layer_sizes=(64,),
         activation="silu",
         *,
+        image_shape=None,
+        n_channels=64,
+        n_downsamplings=None,
         augment_dim=0,
+        vector_field=None,
         class_weight=None,
         label_smoothing=0.1,
+        kinetic_penalty=0.0,
+        jacobian_penalty=0.0,
         solver="dopri5",
         rtol=1e-2,
         atol=1e-2,
@@ -195,9 +217,15 @@ class ODENetClassifier(ClassifierMixin, BaseODEEstimator):
     ):
         self.hidden_layer_sizes = hidden_layer_sizes
         self.activation = activation
+        self.image_shape = image_shape
+        self.n_channels = n_channels
+        self.n_downsamplings = n_downsamplings
         self.augment_dim = augment_dim
+        self.vector_field = vector_field
         self.class_weight = class_weight
         self.label_smoothing = label_smoothing
+        self.kinetic_penalty = kinetic_penalty
+        self.jacobian_penalty = jacobian_penalty
         self.solver = solver
         self.rtol = rtol
         self.atol = atol
@@ -252,29 +280,7 @@ class ODENetClassifier(ClassifierMixin, BaseODEEstimator):
         self : object
             The fitted estimator.
         """
-        going_on = self.warm_start and hasattr(self, "module_")
-        X, y = self._validate(X, y, reset=not going_on)
-        y, weight = self._check_targets(X, y, sample_weight)
-        classes = np.unique(y[weight > 0])
-        if going_on:
-            self._check_known(classes, "y")
-        else:
-            self.classes_ = classes
-        if len(self.classes_) < 2:
-            raise ValueError(
-                f"{type(self).__name__} needs samples of at least 2 classes in y, but "
-                f"the data contains only one class: {self.classes_[0]!r}."
-            )
-        validation = self._validation_data(X_val, y_val, sample_weight_val)
-        rng_seed = self._seed()
-        kept = weight > 0
-        X, y, weight = X[kept], y[kept], weight[kept]
-        if self.early_stopping and validation is None:
-            X, y, weight, *validation = self._hold_out(X, y, weight, rng_seed)
-        if not going_on:
-            self._start(X, weight, rng_seed)
-        self._train(X, y, weight, validation, self.max_iter, rng_seed)
-        return self
+        return self._fit(X, y, sample_weight, X_val, y_val, sample_weight_val)
 
     @_fit_context(prefer_skip_nested_validation=True)
     def partial_fit(self, X, y, sample_weight=None, classes=None):
@@ -296,40 +302,20 @@ class ODENetClassifier(ClassifierMixin, BaseODEEstimator):
         self : object
             The estimator.
         """
-        if self.early_stopping:
-            raise ValueError("partial_fit does not support early_stopping=True.")
         if isinstance(self.class_weight, str):
             raise ValueError(
                 "class_weight='balanced' is not supported by partial_fit: it depends "
                 "on all data. Pass a dict of weights instead."
             )
-        first = not hasattr(self, "module_")
-        if first and classes is None:
+        if hasattr(self, "module_"):
+            if classes is not None and set(classes) != set(self.classes_):
+                raise ValueError(
+                    f"classes={classes!r} differs from the classes of the first call, "
+                    f"{self.classes_!r}."
+                )
+        elif classes is None:
             raise ValueError("classes must be passed in the first call of partial_fit.")
-        X, y = self._validate(X, y, reset=first)
-        y, weight = self._check_targets(X, y, sample_weight, classes)
-        if first:
-            self.classes_ = np.unique(classes)
-            if len(self.classes_) < 2:
-                raise ValueError("classes must contain at least 2 classes.")
-        elif classes is not None and not np.array_equal(
-            self.classes_, np.unique(classes)
-        ):
-            raise ValueError(
-                f"classes={classes!r} differs from the classes of the first call, "
-                f"{self.classes_!r}."
-            )
-        self._check_known(np.unique(y), "y")
-        kept = weight > 0
-        X, y, weight = X[kept], y[kept], weight[kept]
-        seed = self._seed()
-        if first:
-            self._start(X, weight, seed)
-        else:
-            # another order of the rows in every call
-            seed = (seed + self._n_epochs) % (2**31 - 1)
-        self._train(X, y, weight, None, 1, seed, keep_history=True)
-        return self
+        return self._partial_fit(X, y, sample_weight, classes)
 
     def predict_proba(self, X):
         """Predict class probabilities.
@@ -344,7 +330,7 @@ class ODENetClassifier(ClassifierMixin, BaseODEEstimator):
         ndarray of shape (n_samples, n_classes)
             Probabilities, in the order of ``classes_``.
         """
-        return F.softmax(self._logits(X), dim=1).numpy()
+        return F.softmax(self._outputs(X), dim=1).numpy()
 
     def predict_log_proba(self, X):
         """Predict logarithms of class probabilities.
@@ -359,7 +345,7 @@ class ODENetClassifier(ClassifierMixin, BaseODEEstimator):
         ndarray of shape (n_samples, n_classes)
             Log-probabilities, in the order of ``classes_``.
         """
-        return F.log_softmax(self._logits(X), dim=1).numpy()
+        return F.log_softmax(self._outputs(X), dim=1).numpy()
 
     def decision_function(self, X):
         """Return the network's outputs before the softmax.
@@ -374,7 +360,7 @@ class ODENetClassifier(ClassifierMixin, BaseODEEstimator):
         ndarray of shape (n_samples,) or (n_samples, n_classes)
             Scores; for two classes the log-odds of the second.
         """
-        logits = self._logits(X)
+        logits = self._outputs(X)
         if len(self.classes_) == 2:
             return (logits[:, 1] - logits[:, 0]).numpy()
         return logits.numpy()
@@ -392,41 +378,16 @@ class ODENetClassifier(ClassifierMixin, BaseODEEstimator):
         ndarray of shape (n_samples,)
             Class labels.
         """
-        winner = self._logits(X).argmax(1).numpy()
+        winner = self._outputs(X).argmax(1).numpy()
         return self.classes_[winner]
-
-    def trajectory(self, X, n_times=50):
-        """Follow the hidden state of samples from t = 0 to t = 1.
-
-        Parameters
-        ----------
-        X : array-like of shape (n_samples, n_features)
-            Data.
-        n_times : int, default=50
-            Number of equally spaced times, both ends included.
-
-        Returns
-        -------
-        ndarray of shape (n_samples, n_times, n_features + augment_dim)
-            States.
-        """
-        if not isinstance(n_times, Integral) or n_times < 2:
-            raise ValueError(f"n_times must be an integer >= 2. Got {n_times!r}.")
-        t = torch.linspace(0.0, 1.0, int(n_times), dtype=torch.float64)
-        return self._flow(X, t).numpy()
 
     def _check_targets(self, X, y, sample_weight, classes=None):
         """Return labels and the product of sample and class weights."""
         y = column_or_1d(y, warn=True)
         check_classification_targets(y)
-        weight = _check_sample_weight(
-            sample_weight, X, dtype=np.float64, ensure_non_negative=True
-        )
-        if not (weight > 0).any():
-            raise ValueError("sample_weight must have at least one positive weight.")
+        weight = self._check_weights(sample_weight, X)
         if self.class_weight is not None:
-            present = np.unique(y[weight > 0]) if classes is None else classes
-            present = np.unique(present)
+            present = np.unique(y[weight > 0] if classes is None else classes)
             factor = self._class_factors(present, y, weight)
             weight = weight * factor[np.searchsorted(present, y) % len(present)]
         return y, weight
@@ -458,202 +419,385 @@ class ODENetClassifier(ClassifierMixin, BaseODEEstimator):
                 f"{unknown.tolist()}; known are {self.classes_.tolist()}."
             )
 
-    def _validation_data(self, X_val, y_val, sample_weight_val):
-        """Check data passed for validation."""
-        if X_val is None:
-            if y_val is not None or sample_weight_val is not None:
-                raise ValueError("y_val and sample_weight_val need X_val.")
-            return None
-        if y_val is None:
-            raise ValueError("X_val needs y_val.")
-        X_val, y_val = self._validate(X_val, y_val)
+    def _see_targets(self, y, going_on):
+        """Learn the classes, or make sure that they are known."""
+        classes = np.unique(y)
+        if going_on:
+            self._check_known(classes, "y")
+        else:
+            self.classes_ = classes
+        if len(self.classes_) < 2:
+            raise ValueError(
+                f"{type(self).__name__} needs samples of at least 2 classes in y, but "
+                f"the data contains only one class: {self.classes_[0]!r}."
+            )
+
+    def _check_validation_targets(self, y_val):
         y_val = column_or_1d(y_val, warn=True)
         self._check_known(np.unique(y_val), "y_val")
-        weight = _check_sample_weight(sample_weight_val, X_val, dtype=np.float64)
-        return X_val, y_val, weight
+        return y_val
 
-    def _hold_out(self, X, y, weight, seed):
-        """Split off a part for validation, by class."""
+    def _strata(self, y):
         counts = np.unique(y, return_counts=True)[1]
-        X, X_val, y, y_val, weight, weight_val = train_test_split(
-            X,
-            y,
-            weight,
-            test_size=self.validation_fraction,
-            random_state=seed,
-            stratify=y if counts.min() > 1 else None,
-        )
+        return y if counts.min() > 1 else None
+
+    def _check_rest(self, y):
         if len(np.unique(y)) < len(self.classes_):
             raise ValueError(
                 "early_stopping left no training samples of some classes. Use a "
                 "smaller validation_fraction, or pass X_val."
             )
-        return X, y, weight, X_val, y_val, weight_val
 
-    def _start(self, X, weight, seed):
-        """Build the module for this data."""
-        device = self._device()
-        self._module_config = {
-            "n_features": X.shape[1],
-            "n_outputs": len(self.classes_),
-            "hidden_layer_sizes": self._hidden_layer_sizes(),
-            "activation": self.activation,
-            "augment_dim": int(self.augment_dim),
-        }
-        dtype = self._dtype(X, device)
-        module = self._new_module(self._module_config, dtype, device, seed)
-        mean = np.average(X, axis=0, weights=weight)
-        scale = np.sqrt(np.average((X - mean) ** 2, axis=0, weights=weight))
-        # what is constant up to rounding stays as it is
-        constant = scale <= 10 * np.finfo(X.dtype).eps * np.abs(mean)
-        scale = np.where(constant, 1.0, scale)
-        module.mean.copy_(torch.from_numpy(mean))
-        module.scale.copy_(torch.from_numpy(scale))
-        self.module_ = module
-        self._optimizer_state = None
-        self._n_epochs = 0
+    def _scale_targets(self, y, weight):
+        return len(self.classes_)
 
-    def _make_module(self, **config):
-        return ODENetwork(**config)
+    def _encode(self, y, dtype):
+        return torch.from_numpy(np.searchsorted(self.classes_, y))
 
-    def _train(
-        self, X, y, weight, validation, max_iter, seed, keep_history=False
-    ) -> None:
-        """Run the training loop and set the fitted attributes."""
-        module, device = self.module_.train(), self._device()
-        module.to(device)
-        dtype = next(module.parameters()).dtype
-        settings = self._solver_settings(dtype)
-        recipe = self._recipe(len(X), max_iter)
-        optimizer = make_optimizer(module, recipe, self._optimizer_state)
-        codes = np.searchsorted(self.classes_, y)
-        data = (
-            torch.from_numpy(np.array(X)).to(device, dtype),
-            torch.from_numpy(codes).to(device),
+    def _losses(self, outputs, targets):
+        return F.cross_entropy(
+            outputs,
+            targets,
+            reduction="none",
+            label_smoothing=float(self.label_smoothing),
         )
 
-        def objective(x, target):
-            logits, nfe = module(x, settings)
-            smoothing = float(self.label_smoothing)
-            losses = F.cross_entropy(
-                logits, target, reduction="none", label_smoothing=smoothing
-            )
-            return losses, nfe
+    def _score_outputs(self, outputs, y, weight):
+        predicted = self.classes_[outputs.argmax(1).numpy()]
+        return float(accuracy_score(y, predicted, sample_weight=weight))
 
-        validate = None
-        if validation is not None:
-            X_val, y_val, weight_val = validation
 
-            def validate():
-                right = self._predict_checked(X_val, settings) == y_val
-                return float(np.average(right, weights=weight_val))
+class ODENetRegressor(RegressorMixin, BaseODENet):
+    r"""Regressor whose hidden layers are the flow of a learned ODE.
 
-        context = self._init_callback_context(max_subtasks=max_iter)
-        context.call_on_fit_task_begin(estimator=self, X=X, y=y)
-        history = History()
-        generator = torch.Generator().manual_seed(seed)
-        try:
-            n_iter = train(
-                module,
-                data,
-                torch.from_numpy(weight).to(device, dtype),
-                objective,
-                optimizer,
-                recipe,
-                generator,
-                history,
-                validate=validate,
-                on_epoch=self._epoch_callback(context, history, X, y),
-            )
-        except KeyboardInterrupt:
-            warnings.warn("Training interrupted by user.", stacklevel=3)
-            n_iter = len(history.loss)
-        module.eval()
-        self._optimizer_state = optimizer.state_dict()
-        self._finish(history, n_iter, validation is not None, keep_history)
-        context.call_on_fit_task_end(
-            estimator=self, X=X, y=y, reconstruction_attributes={}
-        )
+    The standardised features are mapped linearly into a state ``z(0)``, which follows
+    ``dz/dt = f(t, z)`` to ``t = 1``, with a multilayer perceptron ``f``; a linear map
+    turns ``z(1)`` into predictions of one or more targets, by least squares on the
+    standardised targets. The solver adapts its steps to every sample, so that a
+    prediction depends on its own row only.
 
-    def _epoch_callback(self, context, history, X, y):
-        """Return a function that tells scikit-learn's callbacks of an epoch."""
+    Parameters
+    ----------
+    hidden_layer_sizes : tuple of int or int, default=(64,)
+        Sizes of the hidden layers of the vector field.
+    activation : {"tanh", "softplus", "silu", "elu", "sigmoid", "relu"}, default="silu"
+        Activation of the vector field. Smooth ones need fewer evaluations; "tanh"
+        bounds the slopes.
+    image_shape : tuple of (channels, height, width), optional
+        Shape of an image, if the rows of X are images: channels first, the last axis
+        fastest, as ``images.reshape(n_samples, -1)`` makes them. The network is then
+        convolutional, as that for MNIST in [1]_, and of single precision by default.
+    n_channels : int, default=64
+        With ``image_shape``, the channels of the convolutions and of the state;
+        ``hidden_layer_sizes`` are the channels inside the vector field.
+    n_downsamplings : int, optional
+        With ``image_shape``, how often the image is halved before the ODE; by default
+        until its shorter side is at most 8 pixels.
+    augment_dim : int, default=0
+        State dimensions (channels, for images) beyond the features. Flows cannot
+        cross: with a few dimensions more they can pass by each other [2]_.
+    vector_field : callable, optional
+        Makes another vector field than the built-in one: called with the shape of a
+        state, a tuple, it returns a `torch.nn.Module` whose ``forward(t, y)`` maps
+        times (n, 1, ...) and states (n, \*shape) to slopes in the shape of the states,
+        row by row. A class will do. It is called again when an estimator is unpickled,
+        so it has to be importable; ``hidden_layer_sizes`` and ``activation`` do not
+        reach it.
+    kinetic_penalty : float, default=0
+        Strength of a penalty on the kinetic energy of the flow, the mean of ``f^2``
+        over state and time [3]_. Flows become straighter and need fewer evaluations.
+        Training takes longer: the compiled kernels do not serve it.
+    jacobian_penalty : float, default=0
+        Strength of a penalty on the mean square of ``e^T df/dz`` over state and time,
+        with random signs ``e`` drawn for every batch [3]_. Flows become smoother.
+    solver : {"dopri5", "tsit5", "bosh3", "dopri8", "heun", "rk4", "midpoint", \
+            "euler", "adams", "rodas5p", "scipy_rk45", "scipy_rk23", "scipy_dop853", \
+            "scipy_radau", "scipy_bdf", "scipy_lsoda"}, default="dopri5"
+        ODE solver, as in `sknode.ode.solve_ode`. "rk4", "midpoint" and "euler" take
+        constant steps of length ``step_size``, the others adapt them to the tolerance.
+        "adams" and those of scipy train with ``gradient="continuous"`` only.
+    rtol, atol : float, default=1e-2
+        Relative and absolute tolerance of the solver. Read again at prediction:
+        ``reg.set_params(rtol=1e-6).predict(X)`` solves more accurately with the same
+        weights.
+    max_steps : int, default=1000
+        Steps that the solver may attempt for a sample.
+    step_size : float, default=0.1
+        Length of the steps of the solvers without error estimate; the interval is 1.
+    gradient : {"discrete", "continuous", "backprop"}, default="discrete"
+        How to differentiate the solver: the exact reverse of its steps, in the memory
+        of the states; a second solve backwards in time, in memory that does not grow
+        with the steps; or torch's autograd through all operations.
+    optimizer : {"adam"}, default="adam"
+        Training algorithm.
+    alpha : float, default=1e-4
+        Strength of the L2 penalty on the weights, divided by the weight of a batch as
+        in `sklearn.neural_network.MLPRegressor`.
+    batch_size : int or "auto", default="auto"
+        Rows of a minibatch; "auto" is an eighth of them, but from 32 to 200.
+    learning_rate_init : float, default=1e-2
+        Step size of the training algorithm.
+    max_iter : int, default=200
+        Largest number of epochs.
+    tol : float, default=5e-3
+        What the loss (or the validation score) has to gain to count as progress.
+    n_iter_no_change : int, default=10
+        After so many epochs without progress training ends, with as many epochs more
+        in which the learning rate falls to zero.
+    early_stopping : bool, default=False
+        Whether to hold out ``validation_fraction`` of the data, stop by the score on it
+        and restore the best weights. Implied by passing ``X_val`` to ``fit``.
+    validation_fraction : float, default=0.1
+        Share of the data held out.
+    warm_start : bool, default=False
+        Whether ``fit`` goes on from the last one, with the training algorithm's state.
+    device : str, default="cpu"
+        Torch device; "auto" is an accelerator if there is one.
+    dtype : {"auto", "float32", "float64"}, default="auto"
+        Precision. "auto" is that of X, and float32 on an accelerator and for images.
+    verbose : bool, default=False
+        Whether to print a line an epoch.
+    random_state : int, RandomState instance or None, default=None
+        Draws initial weights, batches and held out data.
 
-        def on_epoch(epoch):
-            task = context.subcontext(task_name="epoch")
-            task.call_on_fit_task_begin(estimator=self, X=X, y=y)
-            return task.call_on_fit_task_end(
-                estimator=self,
-                X=X,
-                y=y,
-                metadata={"loss": history.loss[-1], "nfe": history.nfe[-1]},
-                reconstruction_attributes=lambda: {
-                    "module_": copy.deepcopy(self.module_).eval(),
-                    "n_iter_": epoch + 1,
-                },
-            )
+    Attributes
+    ----------
+    y_mean_ : ndarray of shape () or (n_outputs,)
+        Weighted mean of the targets.
+    y_scale_ : ndarray of shape () or (n_outputs,)
+        Their weighted standard deviation; 1 where a target is constant.
+    n_features_in_ : int
+        Number of features seen in ``fit``.
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Names of the features, if X had string column names.
+    n_iter_ : int
+        Number of epochs of the last ``fit``.
+    loss_ : float
+        Training loss (half the mean squared error of the standardised targets) of the
+        last epoch.
+    loss_curve_ : list of float
+        Training loss, an entry an epoch.
+    validation_scores_ : list of float or None
+        R2 on the held out data, an entry an epoch; None without.
+    best_validation_score_ : float or None
+        The best of them; its weights were kept.
+    nfe_curve_ : list of float
+        Mean number of function evaluations a sample, an entry an epoch.
+    module_ : torch.nn.Module
+        The trained network; it predicts standardised targets.
 
-        return on_epoch
+    See Also
+    --------
+    ODENetClassifier : The same for classes.
+    sklearn.neural_network.MLPRegressor : Multilayer perceptron.
+    sknode.ode.solve_ode : The solver.
 
-    def _finish(self, history, n_iter, validated, keep_history):
-        """Set the fitted attributes of a training."""
-        self._n_epochs += n_iter
-        before = keep_history and hasattr(self, "loss_curve_")
-        self.loss_curve_ = (self.loss_curve_ if before else []) + history.loss
-        self.nfe_curve_ = (self.nfe_curve_ if before else []) + history.nfe
-        self.n_iter_ = (self.n_iter_ if before else 0) + n_iter
-        self.loss_ = self.loss_curve_[-1] if self.loss_curve_ else None
-        self.validation_scores_ = history.validation if validated else None
-        self.best_validation_score_ = max(history.validation) if validated else None
+    Notes
+    -----
+    Rows with weight zero are left out. In a batch the loss is the weighted mean, so a
+    weight of 2 equals a row twice as long as all fit into one batch.
 
-    def _chunks(self, X, module, dtype):
-        """Yield blocks of rows on the device, filled up to what the solver likes."""
-        device = next(module.parameters()).device
-        for start in range(0, len(X), CHUNK):
-            rows = X[start : start + CHUNK]
-            block = np.zeros((-(-len(rows) // ROW_BLOCK) * ROW_BLOCK, X.shape[1]))
-            block[: len(rows)] = rows
-            block[len(rows) :] = rows[-1]
-            yield len(rows), torch.from_numpy(block).to(device, dtype)
+    References
+    ----------
+    .. [1] Chen, Rubanova, Bettencourt & Duvenaud, "Neural Ordinary Differential
+       Equations", NeurIPS 2018.
+    .. [2] Dupont, Doucet & Teh, "Augmented Neural ODEs", NeurIPS 2019.
+    .. [3] Finlay, Jacobsen, Nurbekyan & Oberman, "How to train your neural ODE: the
+       world of Jacobian and kinetic regularization", ICML 2020.
 
-    def _solve(self, X, read, settings=None, t=None):
-        """Solve for checked rows and return ``read(module, solution)`` for them.
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from sknode import ODENetRegressor
+    >>> X = np.linspace(-3, 3, 200)[:, None]
+    >>> y = np.c_[np.sin(X[:, 0]), np.abs(X[:, 0])]
+    >>> reg = ODENetRegressor(random_state=0).fit(X, y)
+    >>> reg.score(X, y) > 0.95
+    True
+    >>> reg.predict(X[:3]).shape
+    (3, 2)
+    """
 
-        A full block has the same bits in whatever company a row comes.
+    _y_checks: ClassVar[dict] = {"multi_output": True, "y_numeric": True}
+
+    def __init__(
+        self,
+        hidden_layer_sizes=(64,),
+        activation="silu",
+        *,
+        image_shape=None,
+        n_channels=64,
+        n_downsamplings=None,
+        augment_dim=0,
+        vector_field=None,
+        kinetic_penalty=0.0,
+        jacobian_penalty=0.0,
+        solver="dopri5",
+        rtol=1e-2,
+        atol=1e-2,
+        max_steps=1000,
+        step_size=0.1,
+        gradient="discrete",
+        optimizer="adam",
+        alpha=1e-4,
+        batch_size="auto",
+        learning_rate_init=1e-2,
+        max_iter=200,
+        tol=5e-3,
+        n_iter_no_change=10,
+        early_stopping=False,
+        validation_fraction=0.1,
+        warm_start=False,
+        device="cpu",
+        dtype="auto",
+        verbose=False,
+        random_state=None,
+    ):
+        self.hidden_layer_sizes = hidden_layer_sizes
+        self.activation = activation
+        self.image_shape = image_shape
+        self.n_channels = n_channels
+        self.n_downsamplings = n_downsamplings
+        self.augment_dim = augment_dim
+        self.vector_field = vector_field
+        self.kinetic_penalty = kinetic_penalty
+        self.jacobian_penalty = jacobian_penalty
+        self.solver = solver
+        self.rtol = rtol
+        self.atol = atol
+        self.max_steps = max_steps
+        self.step_size = step_size
+        self.gradient = gradient
+        self.optimizer = optimizer
+        self.alpha = alpha
+        self.batch_size = batch_size
+        self.learning_rate_init = learning_rate_init
+        self.max_iter = max_iter
+        self.tol = tol
+        self.n_iter_no_change = n_iter_no_change
+        self.early_stopping = early_stopping
+        self.validation_fraction = validation_fraction
+        self.warm_start = warm_start
+        self.device = device
+        self.dtype = dtype
+        self.verbose = verbose
+        self.random_state = random_state
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit(
+        self,
+        X,
+        y,
+        sample_weight=None,
+        *,
+        X_val=None,
+        y_val=None,
+        sample_weight_val=None,
+    ):
+        """Fit the network.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+            Training data.
+        y : array-like of shape (n_samples,) or (n_samples, n_outputs)
+            Targets.
+        sample_weight : array-like of shape (n_samples,), optional
+            Sample weights.
+        X_val : array-like of shape (n_val, n_features), optional
+            Validation data for early stopping, instead of a part of X.
+        y_val : array-like of shape (n_val,) or (n_val, n_outputs), optional
+            Its targets.
+        sample_weight_val : array-like of shape (n_val,), optional
+            Its weights.
+
+        Returns
+        -------
+        self : object
+            The fitted estimator.
         """
-        module = self._module_for_prediction()
-        dtype = next(module.parameters()).dtype
-        settings = settings or self._solver_settings(dtype)
-        results, failures = [], []
-        with torch.no_grad():
-            for n, block in self._chunks(X, module, dtype):
-                solution = module.flow(block, settings, t)
-                if solution.status[:n].any():
-                    failures.append(solution.failure_report())
-                results.append(read(module, solution)[:n].cpu())
-        if failures:
-            warnings.warn(
-                "The solver did not reach the end for some rows of X, whose results "
-                f"are those of the last state it reached. {' '.join(failures)}",
-                SolverWarning,
-                stacklevel=4,
+        return self._fit(X, y, sample_weight, X_val, y_val, sample_weight_val)
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def partial_fit(self, X, y, sample_weight=None):
+        """Go over the data once, continuing from what was learned before.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+            Training data. The first call also decides the standardisation.
+        y : array-like of shape (n_samples,) or (n_samples, n_outputs)
+            Targets. The first call also decides their standardisation.
+        sample_weight : array-like of shape (n_samples,), optional
+            Sample weights.
+
+        Returns
+        -------
+        self : object
+            The estimator.
+        """
+        return self._partial_fit(X, y, sample_weight)
+
+    def predict(self, X):
+        """Predict targets.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+            Data.
+
+        Returns
+        -------
+        ndarray of shape (n_samples,) or (n_samples, n_outputs)
+            Predictions, in the shape that y had in ``fit``.
+        """
+        return self._in_units(self._outputs(X))
+
+    def _in_units(self, outputs):
+        """Return outputs of the network as targets."""
+        values = outputs.numpy().reshape(len(outputs), *self.y_mean_.shape)
+        return (values * self.y_scale_ + self.y_mean_).astype(values.dtype)
+
+    def _check_targets(self, X, y, sample_weight, classes=None):
+        return y.astype(np.float64), self._check_weights(sample_weight, X)
+
+    def _see_targets(self, y, going_on):
+        """Learn the shape of a target, or make sure that it is as before."""
+        if going_on:
+            self._check_shape(y, "y")
+        self._target_shape = y.shape[1:]
+
+    def _check_shape(self, y, name):
+        if y.shape[1:] != self._target_shape:
+            expected = ("n_samples", *map(str, self._target_shape))
+            raise ValueError(
+                f"{name} must have shape ({', '.join(expected)}), as the targets "
+                f"before. Got {y.shape} instead."
             )
-        return torch.cat(results)
 
-    def _logits(self, X):
-        check_is_fitted(self)
-        return self._solve(
-            self._validate(X), lambda module, s: module.output_map(s.y[:, -1])
-        )
+    def _check_validation_targets(self, y_val):
+        self._check_shape(y_val, "y_val")
+        return y_val.astype(np.float64)
 
-    def _flow(self, X, t):
-        check_is_fitted(self)
-        return self._solve(self._validate(X), lambda module, s: s.y, t=t)
+    def _scale_targets(self, y, weight):
+        """Learn mean and scale of the targets."""
+        mean = np.average(y, axis=0, weights=weight)
+        scale = np.sqrt(np.average((y - mean) ** 2, axis=0, weights=weight))
+        constant = scale <= 10 * np.finfo(y.dtype).eps * np.abs(mean)
+        self.y_mean_, self.y_scale_ = np.asarray(mean), np.where(constant, 1.0, scale)
+        return 1 if y.ndim == 1 else y.shape[1]
 
-    def _predict_checked(self, X, settings):
-        logits = self._solve(
-            X, lambda module, s: module.output_map(s.y[:, -1]), settings
-        )
-        return self.classes_[logits.argmax(1).numpy()]
+    def _encode(self, y, dtype):
+        scaled = (y - self.y_mean_) / self.y_scale_
+        return torch.from_numpy(scaled).to(dtype).reshape(len(y), -1)
 
-    def __sklearn_is_fitted__(self):
-        return hasattr(self, "module_")
+    def _losses(self, outputs, targets):
+        return 0.5 * (outputs - targets).square().mean(1)
+
+    def _score_outputs(self, outputs, y, weight):
+        return float(r2_score(y, self._in_units(outputs), sample_weight=weight))
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = True
+        return tags

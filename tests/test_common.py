@@ -13,10 +13,10 @@ from sklearn.utils.estimator_checks import (
     parametrize_with_checks,
 )
 
-from sknode import ODENetClassifier
+from sknode import ODENetClassifier, ODENetRegressor
 
 # short trainings: the checks ask for a little accuracy on easy data
-ESTIMATORS = [ODENetClassifier(max_iter=40)]
+ESTIMATORS = [ODENetClassifier(max_iter=40), ODENetRegressor(max_iter=40)]
 
 # The checks train for fewer epochs than it takes, on purpose.
 pytestmark = [

@@ -1,0 +1,440 @@
+"""What ODE-Net classifiers and regressors share: from checked data to a solve."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from numbers import Integral, Real
+from typing import ClassVar
+
+import numpy as np
+import torch
+from sklearn.model_selection import train_test_split
+from sklearn.utils._param_validation import Interval
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted
+
+from sknode._base import SHARED_CONSTRAINTS, BaseODEEstimator
+from sknode._network import ImageNetwork, TabularNetwork
+from sknode._training import History, make_optimizer, train
+from sknode.ode import SolverWarning
+from sknode.ode.integrate import ROW_BLOCK
+
+__all__ = ["BaseODENet"]
+
+# Predictions are made in blocks of so many numbers in the states, to bound memory; and
+# of at most so many rows.
+CHUNK_VALUES = 2**20
+CHUNK_ROWS = 4096
+
+# Images are halved until the shorter side is no longer than this.
+SMALL_IMAGE = 8
+
+
+class BaseODENet(BaseODEEstimator):
+    """Base of the ODE-Nets.
+
+    A subclass says what targets are: `_check_targets`, `_see_targets`, `_encode`,
+    `_losses` and `_validation_score`.
+    """
+
+    _parameter_constraints: ClassVar[dict] = {
+        **SHARED_CONSTRAINTS,
+        "image_shape": ["array-like", None],
+        "n_channels": [Interval(Integral, 1, None, closed="left")],
+        "n_downsamplings": [Interval(Integral, 0, None, closed="left"), None],
+        "augment_dim": [Interval(Integral, 0, None, closed="left")],
+        "vector_field": [callable, None],
+        "kinetic_penalty": [Interval(Real, 0, None, closed="left")],
+        "jacobian_penalty": [Interval(Real, 0, None, closed="left")],
+    }
+    # how validate_data looks at y
+    _y_checks: ClassVar[dict] = {}
+
+    # --- for the subclasses: what targets are -----------------------------------------
+
+    def _check_targets(self, X, y, sample_weight, classes=None):
+        """Return targets and the weight of every row."""
+        raise NotImplementedError
+
+    def _see_targets(self, y, going_on):
+        """Learn what targets are, or make sure that they are still the same."""
+        raise NotImplementedError
+
+    def _check_validation_targets(self, y_val):
+        """Return targets for validation after checking that they fit."""
+        raise NotImplementedError
+
+    def _scale_targets(self, y, weight):
+        """Learn the units of the targets from the training data; return outputs."""
+        raise NotImplementedError
+
+    def _encode(self, y, dtype) -> torch.Tensor:
+        """Return targets as the loss wants them."""
+        raise NotImplementedError
+
+    def _losses(self, outputs, targets) -> torch.Tensor:
+        """Return the loss of every row."""
+        raise NotImplementedError
+
+    def _score_outputs(self, outputs, y, weight) -> float:
+        """Return a score of predictions, larger is better."""
+        raise NotImplementedError
+
+    def _strata(self, y):
+        """Return what a split has to keep the shares of, or None."""
+        return None
+
+    # --- fitting ----------------------------------------------------------------------
+
+    def _fit(self, X, y, sample_weight, X_val, y_val, sample_weight_val):
+        """Fit from scratch, or go on with ``warm_start``."""
+        going_on = self.warm_start and hasattr(self, "module_")
+        X, y = self._validate(X, y, reset=not going_on, **self._y_checks)
+        y, weight = self._check_targets(X, y, sample_weight)
+        kept = weight > 0
+        X, y, weight = X[kept], y[kept], weight[kept]
+        self._see_targets(y, going_on)
+        validation = self._validation_data(X_val, y_val, sample_weight_val)
+        seed = self._seed()
+        if self.early_stopping and validation is None:
+            X, y, weight, *validation = self._hold_out(X, y, weight, seed)
+        if not going_on:
+            self._start(X, y, weight, seed)
+        self._train(X, y, weight, validation, self.max_iter, seed)
+        return self
+
+    def _partial_fit(self, X, y, sample_weight, classes=None):
+        """Go over the data once."""
+        if self.early_stopping:
+            raise ValueError("partial_fit does not support early_stopping=True.")
+        first = not hasattr(self, "module_")
+        X, y = self._validate(X, y, reset=first, **self._y_checks)
+        y, weight = self._check_targets(X, y, sample_weight, classes)
+        if classes is not None:
+            self._see_targets(classes, not first)
+        self._see_targets(y, not first or classes is not None)
+        kept = weight > 0
+        X, y, weight = X[kept], y[kept], weight[kept]
+        seed = self._seed()
+        if first:
+            self._start(X, y, weight, seed)
+        else:
+            # another order of the rows in every call
+            seed = (seed + self._n_epochs) % (2**31 - 1)
+        self._train(X, y, weight, None, 1, seed, keep_history=True)
+        return self
+
+    def _check_weights(self, sample_weight, X):
+        """Return weights that are not negative and not all zero."""
+        weight = _check_sample_weight(
+            sample_weight, X, dtype=np.float64, ensure_non_negative=True
+        )
+        if not (weight > 0).any():
+            raise ValueError("sample_weight must have at least one positive weight.")
+        return weight
+
+    def _validation_data(self, X_val, y_val, sample_weight_val):
+        """Check data passed for validation."""
+        if X_val is None:
+            if y_val is not None or sample_weight_val is not None:
+                raise ValueError("y_val and sample_weight_val need X_val.")
+            return None
+        if y_val is None:
+            raise ValueError("X_val needs y_val.")
+        X_val, y_val = self._validate(X_val, y_val, **self._y_checks)
+        y_val = self._check_validation_targets(y_val)
+        weight = _check_sample_weight(sample_weight_val, X_val, dtype=np.float64)
+        return X_val, y_val, weight
+
+    def _hold_out(self, X, y, weight, seed):
+        """Split off a part for validation."""
+        X, X_val, y, y_val, weight, weight_val = train_test_split(
+            X,
+            y,
+            weight,
+            test_size=self.validation_fraction,
+            random_state=seed,
+            stratify=self._strata(y),
+        )
+        self._check_rest(y)
+        return X, y, weight, X_val, y_val, weight_val
+
+    def _check_rest(self, y):
+        """Raise if a part for training lacks something."""
+
+    # --- the network ------------------------------------------------------------------
+
+    def _start(self, X, y, weight, seed):
+        """Build the module for this data."""
+        device = self._device()
+        n_outputs = self._scale_targets(y, weight)
+        self._module_config = {
+            "n_outputs": n_outputs,
+            "hidden_layer_sizes": self._hidden_layer_sizes(),
+            "activation": self.activation,
+            "augment_dim": int(self.augment_dim),
+            "vector_field": self.vector_field,
+        }
+        if self.image_shape is None:
+            self._module_config["n_features"] = X.shape[1]
+        else:
+            self._module_config |= self._image_config(X)
+        dtype = self._dtype(X, device)
+        module = self._new_module(self._module_config, dtype, device, seed)
+        mean, scale = self._moments(X, weight)
+        module.mean.copy_(torch.from_numpy(mean))
+        module.scale.copy_(torch.from_numpy(scale))
+        self.module_ = module
+        self._optimizer_state = None
+        self._n_epochs = 0
+
+    def _image_config(self, X):
+        """Return the sizes of the network for images."""
+        shape = tuple(self.image_shape)
+        good = len(shape) == 3 and all(isinstance(n, Integral) and n > 0 for n in shape)
+        if not good:
+            raise ValueError(
+                "image_shape must be three positive integers: channels, height and "
+                f"width. Got {self.image_shape!r} instead."
+            )
+        if np.prod(shape) != X.shape[1]:
+            raise ValueError(
+                f"image_shape={shape} makes {np.prod(shape)} features, but X has "
+                f"{X.shape[1]}: X must have shape (n_samples, channels * height * "
+                "width)."
+            )
+        n_halvings = self.n_downsamplings
+        if n_halvings is None:
+            n_halvings, side = 0, min(shape[1:])
+            while side > SMALL_IMAGE:
+                n_halvings, side = n_halvings + 1, -(-side // 2)
+        return {
+            "image_shape": tuple(int(n) for n in shape),
+            "n_channels": int(self.n_channels),
+            "n_downsamplings": int(n_halvings),
+        }
+
+    def _moments(self, X, weight):
+        """Return weighted mean and scale: of features, or of channels of images."""
+        if self.image_shape is None:
+            mean = np.average(X, axis=0, weights=weight)
+            scale = np.sqrt(np.average((X - mean) ** 2, axis=0, weights=weight))
+        else:
+            pixels = X.reshape(len(X), self.image_shape[0], -1)
+            mean = np.average(pixels.mean(2, dtype=np.float64), axis=0, weights=weight)
+            squares = ((pixels - mean[:, None]) ** 2).mean(2, dtype=np.float64)
+            scale = np.sqrt(np.average(squares, axis=0, weights=weight))
+            mean, scale = mean[:, None, None], scale[:, None, None]
+        # what is constant up to rounding stays as it is
+        constant = scale <= 10 * np.finfo(X.dtype).eps * np.abs(mean)
+        return mean, np.where(constant, 1.0, scale)
+
+    def _make_module(self, **config):
+        network = ImageNetwork if "image_shape" in config else TabularNetwork
+        return network(**config)
+
+    def _dtype(self, X, device):
+        """Resolve the dtype parameter: single precision for images."""
+        if self.dtype == "auto" and self.image_shape is not None:
+            return torch.float32
+        return super()._dtype(X, device)
+
+    # --- training ---------------------------------------------------------------------
+
+    def _train(
+        self, X, y, weight, validation, max_iter, seed, keep_history=False
+    ) -> None:
+        """Run the training loop and set the fitted attributes."""
+        module, device = self.module_.train(), self._device()
+        module.to(device)
+        dtype = next(module.parameters()).dtype
+        settings = self._solver_settings(dtype)
+        recipe = self._recipe(len(X), max_iter)
+        optimizer = make_optimizer(module, recipe, self._optimizer_state)
+        data = (
+            torch.from_numpy(np.array(X)).to(device, dtype),
+            self._encode(y, dtype).to(device),
+        )
+        generator = torch.Generator().manual_seed(seed)
+        validate = None
+        if validation is not None:
+            X_val, y_val, weight_val = validation
+
+            def validate():
+                outputs = self._outputs_of_checked(X_val, settings)
+                return self._score_outputs(outputs, y_val, weight_val)
+
+        context = self._init_callback_context(max_subtasks=max_iter)
+        context.call_on_fit_task_begin(estimator=self, X=X, y=y)
+        history = History()
+        try:
+            n_iter = train(
+                module,
+                data,
+                torch.from_numpy(weight).to(device, dtype),
+                self._objective(module, settings, generator),
+                optimizer,
+                recipe,
+                generator,
+                history,
+                validate=validate,
+                on_epoch=self._epoch_callback(context, history, X, y),
+            )
+        except KeyboardInterrupt:
+            warnings.warn("Training interrupted by user.", stacklevel=4)
+            n_iter = len(history.loss)
+        module.eval()
+        self._optimizer_state = optimizer.state_dict()
+        self._finish(history, n_iter, validation is not None, keep_history)
+        context.call_on_fit_task_end(
+            estimator=self, X=X, y=y, reconstruction_attributes={}
+        )
+
+    def _objective(self, module, settings, generator):
+        """Return the function that gives losses and evaluations of a batch."""
+        kinetic_penalty = float(self.kinetic_penalty)
+        jacobian_penalty = float(self.jacobian_penalty)
+
+        def plain(x, target):
+            outputs, nfe = module(x, settings)
+            return self._losses(outputs, target), nfe
+
+        def penalized(x, target):
+            probe = None
+            if jacobian_penalty:
+                # one for all rows: a weight of 2 is then the same as a row twice
+                signs = torch.randint(2, module.state_shape, generator=generator)
+                probe = (2 * signs - 1).to(x)
+            outputs, nfe, kinetic, jacobian = module.forward_with_energy(
+                x, settings, probe
+            )
+            losses = self._losses(outputs, target) + kinetic_penalty * kinetic
+            if jacobian_penalty:
+                losses = losses + jacobian_penalty * jacobian
+            return losses, nfe
+
+        return penalized if kinetic_penalty or jacobian_penalty else plain
+
+    def _epoch_callback(self, context, history, X, y):
+        """Return a function that tells scikit-learn's callbacks of an epoch."""
+
+        def on_epoch(epoch):
+            task = context.subcontext(task_name="epoch")
+            task.call_on_fit_task_begin(estimator=self, X=X, y=y)
+            return task.call_on_fit_task_end(
+                estimator=self,
+                X=X,
+                y=y,
+                metadata={"loss": history.loss[-1], "nfe": history.nfe[-1]},
+                reconstruction_attributes=lambda: {
+                    "module_": copy.deepcopy(self.module_).eval(),
+                    "n_iter_": epoch + 1,
+                },
+            )
+
+        return on_epoch
+
+    def _finish(self, history, n_iter, validated, keep_history):
+        """Set the fitted attributes of a training."""
+        self._n_epochs += n_iter
+        before = keep_history and hasattr(self, "loss_curve_")
+        self.loss_curve_ = (self.loss_curve_ if before else []) + history.loss
+        self.nfe_curve_ = (self.nfe_curve_ if before else []) + history.nfe
+        self.n_iter_ = (self.n_iter_ if before else 0) + n_iter
+        self.loss_ = self.loss_curve_[-1] if self.loss_curve_ else None
+        self.validation_scores_ = history.validation if validated else None
+        self.best_validation_score_ = max(history.validation) if validated else None
+
+    # --- predicting -------------------------------------------------------------------
+
+    def trajectory(self, X, n_times=50):
+        """Follow the hidden state of samples from t = 0 to t = 1.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+            Data.
+        n_times : int, default=50
+            Number of equally spaced times, both ends included.
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_times, n_features + augment_dim)
+            States; with ``image_shape`` of shape (n_samples, n_times, n_channels +
+            augment_dim, height, width), with the size of the image inside the network.
+        """
+        if not isinstance(n_times, Integral) or n_times < 2:
+            raise ValueError(f"n_times must be an integer >= 2. Got {n_times!r}.")
+        t = torch.linspace(0.0, 1.0, int(n_times), dtype=torch.float64)
+        check_is_fitted(self)
+        return self._solve(self._validate(X), lambda module, s: s.y, t=t).numpy()
+
+    def count_evaluations(self, X):
+        """Count the evaluations of the vector field that the solver needs.
+
+        Depends on ``solver``, ``rtol`` and ``atol`` as they are now: with a looser
+        tolerance a prediction costs less.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+            Data.
+
+        Returns
+        -------
+        ndarray of shape (n_samples,)
+            Number of function evaluations (NFE) of every sample.
+        """
+        check_is_fitted(self)
+        return self._solve(
+            self._validate(X), lambda module, s: s.stats["n_f_evals"]
+        ).numpy()
+
+    def _chunks(self, X, module, dtype, n_times):
+        """Yield blocks of rows on the device, filled up to what the solver likes."""
+        device = next(module.parameters()).device
+        rows_each = CHUNK_VALUES // (np.prod(module.state_shape) * max(1, n_times - 1))
+        rows_each = int(min(max(rows_each, 1), CHUNK_ROWS))
+        rows_each = -(-rows_each // ROW_BLOCK) * ROW_BLOCK
+        for start in range(0, len(X), rows_each):
+            rows = X[start : start + rows_each]
+            block = np.zeros((-(-len(rows) // ROW_BLOCK) * ROW_BLOCK, X.shape[1]))
+            block[: len(rows)] = rows
+            block[len(rows) :] = rows[-1]
+            yield len(rows), torch.from_numpy(block).to(device, dtype)
+
+    def _solve(self, X, read, settings=None, t=None):
+        """Solve for checked rows and return ``read(module, solution)`` for them.
+
+        A full block has the same bits in whatever company a row comes.
+        """
+        module = self._module_for_prediction()
+        dtype = next(module.parameters()).dtype
+        settings = settings or self._solver_settings(dtype)
+        results, failures = [], []
+        n_times = 2 if t is None else len(t)
+        with torch.no_grad():
+            for n, block in self._chunks(X, module, dtype, n_times):
+                solution = module.flow(block, settings, t)
+                if solution.status[:n].any():
+                    failures.append(solution.failure_report())
+                results.append(read(module, solution)[:n].cpu())
+        if failures:
+            warnings.warn(
+                "The solver did not reach the end for some rows of X, whose results "
+                f"are those of the last state it reached. {' '.join(failures)}",
+                SolverWarning,
+                stacklevel=4,
+            )
+        return torch.cat(results)
+
+    def _outputs(self, X):
+        """Return the outputs of the network for rows that were not checked yet."""
+        check_is_fitted(self)
+        return self._outputs_of_checked(self._validate(X))
+
+    def _outputs_of_checked(self, X, settings=None):
+        return self._solve(X, lambda module, s: module.output_map(s.y[:, -1]), settings)
+
+    def __sklearn_is_fitted__(self):
+        return hasattr(self, "module_")
