@@ -14,6 +14,7 @@ from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 
 from sknode._base import SHARED_CONSTRAINTS, BaseODEEstimator
+from sknode._images import shift_at_random
 from sknode._network import ImageNetwork, TabularNetwork
 from sknode._training import History, make_optimizer, train
 from sknode.ode import SolverWarning
@@ -42,6 +43,7 @@ class BaseODENet(BaseODEEstimator):
         "image_shape": ["array-like", None],
         "n_channels": [Interval(Integral, 1, None, closed="left")],
         "n_downsamplings": [Interval(Integral, 0, None, closed="left"), None],
+        "random_shift": [Interval(Integral, 0, None, closed="left")],
         "augment_dim": [Interval(Integral, 0, None, closed="left")],
         "vector_field": [callable, None],
         "kinetic_penalty": [Interval(Real, 0, None, closed="left")],
@@ -292,14 +294,22 @@ class BaseODENet(BaseODEEstimator):
 
     def _objective(self, module, settings, generator):
         """Return the function that gives losses and evaluations of a batch."""
+        shift = int(self.random_shift) if self.image_shape is not None else 0
         kinetic_penalty = float(self.kinetic_penalty)
         jacobian_penalty = float(self.jacobian_penalty)
 
+        def prepare(x):
+            if not shift:
+                return x
+            return shift_at_random(x, module.image_shape, shift, generator)
+
         def plain(x, target):
+            x = prepare(x)
             outputs, nfe = module(x, settings)
             return self._losses(outputs, target), nfe
 
         def penalized(x, target):
+            x = prepare(x)
             probe = None
             if jacobian_penalty:
                 # one for all rows: a weight of 2 is then the same as a row twice

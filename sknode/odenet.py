@@ -45,6 +45,10 @@ class ODENetClassifier(ClassifierMixin, BaseODENet):
     n_downsamplings : int, optional
         With ``image_shape``, how often the image is halved before the ODE; by default
         until its shorter side is at most 8 pixels.
+    random_shift : int, default=1
+        With ``image_shape``, up to how many pixels images are shifted at random along
+        both axes, anew in every epoch of training. Predictions then depend less on
+        where in the image something is; use 0 where that matters.
     augment_dim : int, default=0
         State dimensions (channels, for images) beyond the features. Flows cannot
         cross: with a few dimensions more they can pass by each other [2]_.
@@ -188,6 +192,7 @@ class ODENetClassifier(ClassifierMixin, BaseODENet):
         image_shape=None,
         n_channels=64,
         n_downsamplings=None,
+        random_shift=1,
         augment_dim=0,
         vector_field=None,
         class_weight=None,
@@ -220,6 +225,7 @@ class ODENetClassifier(ClassifierMixin, BaseODENet):
         self.image_shape = image_shape
         self.n_channels = n_channels
         self.n_downsamplings = n_downsamplings
+        self.random_shift = random_shift
         self.augment_dim = augment_dim
         self.vector_field = vector_field
         self.class_weight = class_weight
@@ -493,6 +499,10 @@ class ODENetRegressor(RegressorMixin, BaseODENet):
     n_downsamplings : int, optional
         With ``image_shape``, how often the image is halved before the ODE; by default
         until its shorter side is at most 8 pixels.
+    random_shift : int, default=1
+        With ``image_shape``, up to how many pixels images are shifted at random along
+        both axes, anew in every epoch of training. Predictions then depend less on
+        where in the image something is; use 0 where that matters.
     augment_dim : int, default=0
         State dimensions (channels, for images) beyond the features. Flows cannot
         cross: with a few dimensions more they can pass by each other [2]_.
@@ -628,6 +638,7 @@ class ODENetRegressor(RegressorMixin, BaseODENet):
         image_shape=None,
         n_channels=64,
         n_downsamplings=None,
+        random_shift=1,
         augment_dim=0,
         vector_field=None,
         kinetic_penalty=0.0,
@@ -658,6 +669,7 @@ class ODENetRegressor(RegressorMixin, BaseODENet):
         self.image_shape = image_shape
         self.n_channels = n_channels
         self.n_downsamplings = n_downsamplings
+        self.random_shift = random_shift
         self.augment_dim = augment_dim
         self.vector_field = vector_field
         self.kinetic_penalty = kinetic_penalty
