@@ -201,8 +201,8 @@ def figure_3(model, X, y):
     nfe = model.nfe_curve_
     print(
         f"evaluations in training: {nfe[0]:.1f} in the first epoch, {nfe[-1]:.1f} in "
+        "the last\n"
     )
-    print("the last")
     return curves
 
 
