@@ -1,0 +1,67 @@
+"""The examples run and print what they promise."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning"),
+    # torch's profiler, which measures the memory
+    pytest.mark.filterwarnings("ignore:.*[Pp]rofiler:UserWarning"),
+]
+
+
+def run(monkeypatch, name, *arguments):
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+@pytest.mark.parametrize("colours", [0, 3])
+def test_section_3_of_the_paper_runs_on_files(monkeypatch, capsys, tmp_path, colours):
+    digits = load_digits()
+    X, y = (16 * digits.images).astype(np.uint8), digits.target
+    if colours:
+        X = np.stack([X] * colours, axis=-1)
+    np.savez(tmp_path / "train.npz", X=X[:200], y=y[:200])
+    np.savez(tmp_path / "test.npz", X=X[200:300], y=y[200:300])
+    run(
+        monkeypatch,
+        "odenet_mnist.py",
+        *("--data", str(tmp_path / "train.npz"), "--test", str(tmp_path / "test.npz")),
+        *("--epochs", "1", "--channels", "4", "--plot", str(tmp_path / "plot.png")),
+        *(["--continuous"] if colours else []),
+    )
+    printed = capsys.readouterr().out
+    assert "200 images to train on, 100 to test" in printed
+    table = dict(re.findall(r"^(\S+-?Net)  .*?([\d,]+)  +\d+ MB", printed, re.MULTILINE))
+    assert set(table) == {"ResNet", "RK-Net", "ODE-Net"}
+    assert table["RK-Net"] == table["ODE-Net"]
+    tolerances = re.findall(r"^ +(1e-\d\d) ", printed, re.MULTILINE)
+    assert tolerances == ["1e-01", "1e-02", "1e-03", "1e-04", "1e-05"]
+
+
+def test_section_3_of_the_paper_holds_out_a_fifth(monkeypatch, capsys, tmp_path):
+    digits = load_digits()
+    np.savez(tmp_path / "all.npz", X=digits.images[:100], y=digits.target[:100])
+    run(
+        monkeypatch,
+        "odenet_mnist.py",
+        *("--data", str(tmp_path / "all.npz"), "--epochs", "1", "--channels", "2"),
+        *("--plot", str(tmp_path / "plot.png")),
+    )
+    assert "80 images to train on, 20 to test" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_images_in_a_pipeline(monkeypatch, capsys):
+    run(monkeypatch, "images.py")
+    right = re.search(r"accuracy +(0\.\d+)", capsys.readouterr().out)
+    assert float(right[1]) > 0.9
