@@ -16,6 +16,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 from sknode._base import SHARED_CONSTRAINTS, BaseODEEstimator
 from sknode._network import ImageNetwork, TabularNetwork
 from sknode._training import History, make_optimizer, train
+from sknode._warning import stacklevel_of_caller
 from sknode.ode import SolverWarning
 from sknode.ode.integrate import ROW_BLOCK
 
@@ -281,7 +282,9 @@ class BaseODENet(BaseODEEstimator):
                 on_epoch=self._epoch_callback(context, history, X, y),
             )
         except KeyboardInterrupt:
-            warnings.warn("Training interrupted by user.", stacklevel=4)
+            warnings.warn(
+                "Training interrupted by user.", stacklevel=stacklevel_of_caller()
+            )
             n_iter = len(history.loss)
         module.eval()
         self._optimizer_state = optimizer.state_dict()
@@ -424,7 +427,7 @@ class BaseODENet(BaseODEEstimator):
                 "The solver did not reach the end for some rows of X, whose results "
                 f"are those of the last state it reached. {' '.join(failures)}",
                 SolverWarning,
-                stacklevel=4,
+                stacklevel=stacklevel_of_caller(),
             )
         return torch.cat(results)
 

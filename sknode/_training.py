@@ -13,6 +13,8 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor, nn
 
+from sknode._warning import stacklevel_of_caller
+
 __all__ = ["History", "Recipe", "make_optimizer", "train"]
 
 
@@ -158,7 +160,7 @@ def train(
                 f"{recipe.name}: max_iter={recipe.max_iter} was reached and the "
                 "training had not converged yet. Raise max_iter or learning_rate_init.",
                 ConvergenceWarning,
-                stacklevel=4,
+                stacklevel=stacklevel_of_caller(),
             )
     if best is not None:
         with torch.no_grad():
