@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -243,6 +244,19 @@ def make_field(vector_field: Callable, state_shape: tuple[int, ...]) -> nn.Modul
     TypeError, ValueError
         If that is no vector field for states of this shape, with rows of their own.
     """
+    if isinstance(vector_field, nn.Module):
+        raise TypeError(
+            "vector_field must be a factory, called with the shape of a state to make "
+            f"a torch.nn.Module. Got a module ({type(vector_field).__name__}) instead: "
+            "pass its class, or a function that makes it."
+        )
+    try:
+        inspect.signature(vector_field).bind(state_shape)
+    except TypeError as error:
+        raise TypeError(
+            "vector_field is called with the shape of a state as its only argument. "
+            f"{vector_field!r} does not take it: {error}."
+        ) from error
     field = vector_field(state_shape)
     if not isinstance(field, nn.Module):
         raise TypeError(
