@@ -758,6 +758,13 @@ class ODENetRegressor(RegressorMixin, BaseODENet):
         values = outputs.numpy().reshape(len(outputs), *self.y_mean_.shape)
         return (values * self.y_scale_ + self.y_mean_).astype(values.dtype)
 
+    def _check_validation(self, y_val):
+        if len(y_val) < 2:
+            raise ValueError(
+                "R2 on validation data needs two samples or more. Raise "
+                "validation_fraction, or pass more rows as X_val."
+            )
+
     def _check_targets(self, X, y, sample_weight, classes=None):
         return y.astype(np.float64), self._check_weights(sample_weight, X)
 
