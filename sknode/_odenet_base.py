@@ -21,7 +21,7 @@ from sknode._warning import stacklevel_of_caller
 from sknode.ode import SolverWarning
 from sknode.ode.integrate import ROW_BLOCK
 
-__all__ = ["BaseODENet"]
+__all__ = ["BaseODENet", "usable_scale"]
 
 # Predictions are made in blocks of so many numbers in the states, to bound memory; and
 # of at most so many rows.
@@ -263,9 +263,7 @@ class BaseODENet(BaseODEEstimator):
             squares = ((pixels - mean[:, None]) ** 2).mean(2, dtype=np.float64)
             scale = np.sqrt(np.average(squares, axis=0, weights=weight))
             mean, scale = mean[:, None, None], scale[:, None, None]
-        # what is constant up to rounding stays as it is
-        constant = scale <= 10 * np.finfo(X.dtype).eps * np.abs(mean)
-        return mean, np.where(constant, 1.0, scale)
+        return mean, usable_scale(mean, scale, X)
 
     def _make_module(self, **config):
         network = ImageNetwork if "image_shape" in config else TabularNetwork
@@ -485,3 +483,13 @@ class BaseODENet(BaseODEEstimator):
 
     def __sklearn_is_fitted__(self):
         return hasattr(self, "module_")
+
+
+def usable_scale(mean, scale, values):
+    """Return scales with 1 for what is constant up to rounding.
+
+    That of the values themselves, or that of a sum of so many rows.
+    """
+    eps, eps_of_sum = np.finfo(values.dtype).eps, np.finfo(np.float64).eps
+    rounding = max(10 * eps, len(values) * eps_of_sum) * np.abs(mean)
+    return np.where(scale <= rounding, 1.0, scale)
