@@ -7,7 +7,9 @@ import pytest
 import torch
 from sklearn.datasets import make_moons
 
+import sknode._network
 from sknode import ODENetClassifier, ODENetRegressor
+from sknode.fields import EnergyField
 from sknode.ode import solve_ode
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
@@ -99,6 +101,23 @@ def test_the_loss_contains_the_energies(moons):
     with_jacobian = ODENetRegressor(jacobian_penalty=2.0, **settings).fit(X, X)
     share = (with_jacobian.loss_ - plain.loss_) / (2 * energies(plain, X)[1])
     assert 0 < share < 2
+
+
+def test_the_probes_are_signs_drawn_anew_for_every_batch(moons, monkeypatch):
+    probes = []
+
+    def spy(field, shape, probe):
+        probes.append(probe)
+        return EnergyField(field, shape, probe)
+
+    monkeypatch.setattr(sknode._network, "EnergyField", spy)
+    ODENetClassifier(
+        jacobian_penalty=0.1, augment_dim=8, batch_size=50, max_iter=4, random_state=0
+    ).fit(*moons)
+    drawn = torch.stack(probes)
+    assert drawn.shape == (12, 10)
+    assert set(drawn.flatten().tolist()) == {-1.0, 1.0}
+    assert len(drawn.unique(dim=0)) == 12
 
 
 def test_penalties_are_reproducible_and_draw_from_random_state_only(moons):
