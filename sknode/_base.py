@@ -17,6 +17,7 @@ from sklearn.utils.validation import validate_data
 from sknode._compat import CallbackSupportMixin
 from sknode._network import SolverSettings
 from sknode._training import Recipe
+from sknode._warning import stacklevel_of_caller
 from sknode.fields import ACTIVATIONS
 from sknode.ode import METHODS
 from sknode.ode.methods import get_method
@@ -102,7 +103,7 @@ class BaseODEEstimator(CallbackSupportMixin, BaseEstimator):
                 f"rtol={rtol:g} is below what {dtype} can carry; using {least:.2g}. "
                 "Use dtype='float64' or a larger rtol.",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=stacklevel_of_caller(),
             )
             rtol = least
         adaptive = get_method(self.solver).adaptive
@@ -138,7 +139,7 @@ class BaseODEEstimator(CallbackSupportMixin, BaseEstimator):
                 f"batch_size={batch_size} is larger than the number of samples; using "
                 f"{n_samples}.",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=stacklevel_of_caller(),
             )
             batch_size = n_samples
         return Recipe(

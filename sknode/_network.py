@@ -18,7 +18,11 @@ from sknode.ode.solve import solve
 __all__ = ["ImageNetwork", "Network", "SolverSettings", "TabularNetwork"]
 
 # What makes a row depend on its neighbours, or a slope on chance.
-UNSUITABLE = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+UNSUITABLE = (
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.dropout._DropoutNd,
+    nn.RReLU,
+)
 
 
 @dataclass(frozen=True)
@@ -243,24 +247,38 @@ def make_field(vector_field: Callable, state_shape: tuple[int, ...]) -> nn.Modul
     TypeError, ValueError
         If that is no vector field for states of this shape, with rows of their own.
     """
-    field = vector_field(state_shape)
+    if isinstance(vector_field, nn.Module):
+        raise TypeError(
+            "vector_field must be a factory, called with the shape of a state to make "
+            f"a torch.nn.Module. Got a module ({type(vector_field).__name__}) instead: "
+            "pass its class, or a function that makes it."
+        )
+    try:
+        field = vector_field(state_shape)
+    except TypeError as error:
+        raise TypeError(
+            "vector_field is called with the shape of a state as its only argument, "
+            f"{state_shape}. That failed: {error}"
+        ) from error
     if not isinstance(field, nn.Module):
         raise TypeError(
             "vector_field must return a torch.nn.Module. "
             f"Got {type(field).__name__} instead."
         )
     for module in field.modules():
-        if isinstance(module, UNSUITABLE):
+        averages = getattr(module, "track_running_stats", False)
+        if averages or isinstance(module, UNSUITABLE):
             raise ValueError(
                 f"vector_field made a module with {type(module).__name__}, which makes "
                 "a prediction depend on other rows or on chance. Use GroupNorm or "
                 "LayerNorm, and alpha for regularisation."
             )
     field = field.float()
-    t, y = torch.zeros(2, *(1 for _ in state_shape)), torch.zeros(2, *state_shape)
+    t = torch.zeros(16, *(1 for _ in state_shape))
+    y = torch.linspace(-1, 1, 16 * math.prod(state_shape)).view(16, *state_shape)
     try:
         with torch.no_grad():
-            slope = field(t, y)
+            slope, alone = field(t, y), field(t[:8], y[:8])
     except Exception as error:
         raise ValueError(
             "The module that vector_field made fails for times of shape "
@@ -271,6 +289,11 @@ def make_field(vector_field: Callable, state_shape: tuple[int, ...]) -> nn.Modul
         raise ValueError(
             "The module that vector_field made must return slopes in the shape of the "
             f"states, {tuple(y.shape)}. Got {got} instead."
+        )
+    if not torch.allclose(slope[:8], alone, rtol=1e-3, atol=1e-4, equal_nan=True):
+        raise ValueError(
+            "The module that vector_field made gives a row a slope that depends on "
+            "other rows or on chance."
         )
     return field
 

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from scipy import sparse
 from sklearn.model_selection import train_test_split
 from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted
@@ -17,10 +18,11 @@ from sknode._base import SHARED_CONSTRAINTS, BaseODEEstimator
 from sknode._images import shift_at_random
 from sknode._network import ImageNetwork, TabularNetwork
 from sknode._training import History, make_optimizer, train
+from sknode._warning import stacklevel_of_caller
 from sknode.ode import SolverWarning
 from sknode.ode.integrate import ROW_BLOCK
 
-__all__ = ["BaseODENet"]
+__all__ = ["BaseODENet", "usable_scale"]
 
 # Predictions are made in blocks of so many numbers in the states, to bound memory; and
 # of at most so many rows.
@@ -86,6 +88,21 @@ class BaseODENet(BaseODEEstimator):
         """Return what a split has to keep the shares of, or None."""
         return None
 
+    # --- input ------------------------------------------------------------------------
+
+    def _validate(self, X, y="no_validation", reset=False, **kwargs):
+        """Check X (and y); say how images have to come."""
+        if getattr(X, "ndim", 2) > 2:
+            raise ValueError(
+                f"Found array with dim {X.ndim}, while X must have a row a sample. For "
+                "images of shape (n_samples, channels, height, width) pass "
+                "X.reshape(n_samples, -1) and image_shape=(channels, height, width); "
+                "with the channels last, X.transpose(0, 3, 1, 2) first."
+            )
+        if sparse.issparse(y):
+            raise TypeError("y must be dense. Got a sparse array: pass y.toarray().")
+        return super()._validate(X, y, reset, **kwargs)
+
     # --- fitting ----------------------------------------------------------------------
 
     def _fit(self, X, y, sample_weight, X_val, y_val, sample_weight_val):
@@ -145,7 +162,11 @@ class BaseODENet(BaseODEEstimator):
             raise ValueError("X_val needs y_val.")
         X_val, y_val = self._validate(X_val, y_val, **self._y_checks)
         y_val = self._check_validation_targets(y_val)
-        weight = _check_sample_weight(sample_weight_val, X_val, dtype=np.float64)
+        try:
+            weight = self._check_weights(sample_weight_val, X_val)
+        except ValueError as error:
+            raise ValueError(f"sample_weight_val: {error}") from error
+        self._check_validation(y_val[weight > 0])
         return X_val, y_val, weight
 
     def _hold_out(self, X, y, weight, seed):
@@ -159,10 +180,14 @@ class BaseODENet(BaseODEEstimator):
             stratify=self._strata(y),
         )
         self._check_rest(y)
+        self._check_validation(y_val)
         return X, y, weight, X_val, y_val, weight_val
 
     def _check_rest(self, y):
         """Raise if a part for training lacks something."""
+
+    def _check_validation(self, y_val):
+        """Raise if there is no score on targets for validation."""
 
     # --- the network ------------------------------------------------------------------
 
@@ -199,6 +224,14 @@ class BaseODENet(BaseODEEstimator):
                 "image_shape must be three positive integers: channels, height and "
                 f"width. Got {self.image_shape!r} instead."
             )
+        if shape[0] == shape[1] and shape[2] in (1, 3, 4) and shape[0] > 4:
+            warnings.warn(
+                f"image_shape={shape} are {shape[0]} channels of {shape[1]}x{shape[2]} "
+                "pixels: channels come first. If these are images with the channels "
+                "last, pass images.transpose(0, 3, 1, 2).reshape(n_samples, -1) and "
+                f"image_shape={(shape[2], *shape[:2])}.",
+                stacklevel=stacklevel_of_caller(),
+            )
         if np.prod(shape) != X.shape[1]:
             raise ValueError(
                 f"image_shape={shape} makes {np.prod(shape)} features, but X has "
@@ -210,6 +243,11 @@ class BaseODENet(BaseODEEstimator):
             n_halvings, side = 0, min(shape[1:])
             while side > SMALL_IMAGE:
                 n_halvings, side = n_halvings + 1, -(-side // 2)
+        if max(shape[1:]) <= 2**n_halvings:
+            raise ValueError(
+                f"n_downsamplings={n_halvings} leaves a single pixel of images of "
+                f"{shape[1]}x{shape[2]}: normalisation makes all images alike there."
+            )
         return {
             "image_shape": tuple(int(n) for n in shape),
             "n_channels": int(self.n_channels),
@@ -227,9 +265,7 @@ class BaseODENet(BaseODEEstimator):
             squares = ((pixels - mean[:, None]) ** 2).mean(2, dtype=np.float64)
             scale = np.sqrt(np.average(squares, axis=0, weights=weight))
             mean, scale = mean[:, None, None], scale[:, None, None]
-        # what is constant up to rounding stays as it is
-        constant = scale <= 10 * np.finfo(X.dtype).eps * np.abs(mean)
-        return mean, np.where(constant, 1.0, scale)
+        return mean, usable_scale(mean, scale, X)
 
     def _make_module(self, **config):
         network = ImageNetwork if "image_shape" in config else TabularNetwork
@@ -269,6 +305,7 @@ class BaseODENet(BaseODEEstimator):
         context = self._init_callback_context(max_subtasks=max_iter)
         context.call_on_fit_task_begin(estimator=self, X=X, y=y)
         history = History()
+        before = copy.deepcopy(module.state_dict())
         try:
             n_iter = train(
                 module,
@@ -283,8 +320,16 @@ class BaseODENet(BaseODEEstimator):
                 on_epoch=self._epoch_callback(context, history, X, y),
             )
         except KeyboardInterrupt:
-            warnings.warn("Training interrupted by user.", stacklevel=4)
+            warnings.warn(
+                "Training interrupted by user.", stacklevel=stacklevel_of_caller()
+            )
             n_iter = len(history.loss)
+        except Exception:
+            # no predictions by weights that diverged, and no warm start from them
+            module.eval().load_state_dict(before)
+            if not self._n_epochs:
+                del self.module_
+            raise
         module.eval()
         self._optimizer_state = optimizer.state_dict()
         self._finish(history, n_iter, validation is not None, keep_history)
@@ -434,7 +479,7 @@ class BaseODENet(BaseODEEstimator):
                 "The solver did not reach the end for some rows of X, whose results "
                 f"are those of the last state it reached. {' '.join(failures)}",
                 SolverWarning,
-                stacklevel=4,
+                stacklevel=stacklevel_of_caller(),
             )
         return torch.cat(results)
 
@@ -448,3 +493,13 @@ class BaseODENet(BaseODEEstimator):
 
     def __sklearn_is_fitted__(self):
         return hasattr(self, "module_")
+
+
+def usable_scale(mean, scale, values):
+    """Return scales with 1 for what is constant up to rounding.
+
+    That of the values themselves, or that of a sum of so many rows.
+    """
+    eps, eps_of_sum = np.finfo(values.dtype).eps, np.finfo(np.float64).eps
+    rounding = max(10 * eps, len(values) * eps_of_sum) * np.abs(mean)
+    return np.where(scale <= rounding, 1.0, scale)

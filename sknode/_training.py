@@ -13,6 +13,9 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor, nn
 
+from sknode._warning import stacklevel_of_caller
+from sknode.ode import SolverError
+
 __all__ = ["History", "Recipe", "make_optimizer", "train"]
 
 
@@ -125,10 +128,17 @@ def train(
             batches, order.split(recipe.batch_size), strict=True
         ):
             total = float(weight_on_host[rows_on_host].sum())
-            losses, nfe = objective(*(x[rows] for x in data))
-            loss = weight[rows] @ losses
             optimizer.zero_grad()
-            (loss / total).backward()
+            try:
+                losses, nfe = objective(*(x[rows] for x in data))
+                loss = weight[rows] @ losses
+                (loss / total).backward()
+            except SolverError as error:
+                raise SolverError(
+                    f"{recipe.name}: the solver failed in epoch "
+                    f"{len(history.loss) + 1} of the training. {error} If the training "
+                    "diverges, lower learning_rate_init or raise alpha."
+                ) from error
             penalize(optimizer, recipe.alpha / total)
             optimizer.step()
             loss_sum = loss_sum + loss.detach()
@@ -158,7 +168,7 @@ def train(
                 f"{recipe.name}: max_iter={recipe.max_iter} was reached and the "
                 "training had not converged yet. Raise max_iter or learning_rate_init.",
                 ConvergenceWarning,
-                stacklevel=4,
+                stacklevel=stacklevel_of_caller(),
             )
     if best is not None:
         with torch.no_grad():

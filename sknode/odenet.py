@@ -15,7 +15,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import column_or_1d
 from torch.nn import functional as F
 
-from sknode._odenet_base import BaseODENet
+from sknode._odenet_base import BaseODENet, usable_scale
 
 __all__ = ["ODENetClassifier", "ODENetRegressor"]
 
@@ -621,7 +621,7 @@ class ODENetRegressor(RegressorMixin, BaseODENet):
     >>> from sknode import ODENetRegressor
     >>> X = np.linspace(-3, 3, 200)[:, None]
     >>> y = np.c_[np.sin(X[:, 0]), np.abs(X[:, 0])]
-    >>> reg = ODENetRegressor(random_state=0).fit(X, y)
+    >>> reg = ODENetRegressor(augment_dim=2, random_state=0).fit(X, y)
     >>> reg.score(X, y) > 0.95
     True
     >>> reg.predict(X[:3]).shape
@@ -770,6 +770,13 @@ class ODENetRegressor(RegressorMixin, BaseODENet):
         values = outputs.numpy().reshape(len(outputs), *self.y_mean_.shape)
         return (values * self.y_scale_ + self.y_mean_).astype(values.dtype)
 
+    def _check_validation(self, y_val):
+        if len(y_val) < 2:
+            raise ValueError(
+                "R2 on validation data needs two samples or more. Raise "
+                "validation_fraction, or pass more rows as X_val."
+            )
+
     def _check_targets(self, X, y, sample_weight, classes=None):
         return y.astype(np.float64), self._check_weights(sample_weight, X)
 
@@ -795,8 +802,7 @@ class ODENetRegressor(RegressorMixin, BaseODENet):
         """Learn mean and scale of the targets."""
         mean = np.average(y, axis=0, weights=weight)
         scale = np.sqrt(np.average((y - mean) ** 2, axis=0, weights=weight))
-        constant = scale <= 10 * np.finfo(y.dtype).eps * np.abs(mean)
-        self.y_mean_, self.y_scale_ = np.asarray(mean), np.where(constant, 1.0, scale)
+        self.y_mean_, self.y_scale_ = np.asarray(mean), usable_scale(mean, scale, y)
         return 1 if y.ndim == 1 else y.shape[1]
 
     def _encode(self, y, dtype):

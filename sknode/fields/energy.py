@@ -110,10 +110,13 @@ class EnergyField(nn.Module):
         with torch.enable_grad():
             y = y if y.requires_grad else y.detach().requires_grad_()
             slope = self.field(t, y)
+            if not slope.requires_grad:  # nor does it depend on the state
+                return slope, torch.zeros_like(y)
             (pulled,) = torch.autograd.grad(
                 slope,
                 y,
                 self.probe.expand_as(slope),
                 create_graph=differentiable,
+                materialize_grads=True,
             )
         return (slope, pulled) if differentiable else (slope.detach(), pulled)
