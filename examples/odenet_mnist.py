@@ -29,6 +29,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from sknode import ODENetClassifier
+from sknode.fields.conv import group_norm
 from sknode.ode import solve_ode
 
 N_BLOCKS = 6
@@ -119,7 +120,7 @@ class Blocks(nn.Module):
         channels = state_shape[0]
 
         def half():
-            norm = nn.GroupNorm(min(32, channels), channels)
+            norm = group_norm(channels)
             conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
             return norm, nn.SiLU(), conv
 

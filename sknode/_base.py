@@ -128,12 +128,17 @@ class BaseODEEstimator(CallbackSupportMixin, BaseEstimator):
             )
         return tuple(int(s) for s in sizes)
 
+    # largest batch that is chosen by itself
+    _largest_batch = 200
+
     def _recipe(self, n_samples: int, max_iter: int) -> Recipe:
         """Collect the learning parameters."""
         batch_size = self.batch_size
         if batch_size == "auto":
             # at least eight updates an epoch, but no batches of a few rows
-            batch_size = min(200, max(32, -(-n_samples // 8)), n_samples)
+            batch_size = min(
+                self._largest_batch, max(32, -(-n_samples // 8)), n_samples
+            )
         elif batch_size > n_samples:
             warnings.warn(
                 f"batch_size={batch_size} is larger than the number of samples; using "

@@ -117,10 +117,16 @@ class BaseODENet(BaseODEEstimator):
         seed = self._seed()
         if self.early_stopping and validation is None:
             X, y, weight, *validation = self._hold_out(X, y, weight, seed)
-        if not going_on:
+        if going_on:
+            seed = self._next_seed(seed)
+        else:
             self._start(X, y, weight, seed)
         self._train(X, y, weight, validation, self.max_iter, seed)
         return self
+
+    def _next_seed(self, seed):
+        """Return a seed for going on: other batches than in the epochs before."""
+        return (seed + self._n_epochs) % (2**31 - 1)
 
     def _partial_fit(self, X, y, sample_weight, classes=None):
         """Go over the data once."""
@@ -138,8 +144,7 @@ class BaseODENet(BaseODEEstimator):
         if first:
             self._start(X, y, weight, seed)
         else:
-            # another order of the rows in every call
-            seed = (seed + self._n_epochs) % (2**31 - 1)
+            seed = self._next_seed(seed)
         self._train(X, y, weight, None, 1, seed, keep_history=True)
         return self
 
@@ -270,6 +275,11 @@ class BaseODENet(BaseODEEstimator):
     def _make_module(self, **config):
         network = ImageNetwork if "image_shape" in config else TabularNetwork
         return network(**config)
+
+    @property
+    def _largest_batch(self):
+        # an image gives more gradient than a row does
+        return 200 if self.image_shape is None else 64
 
     def _dtype(self, X, device):
         """Resolve the dtype parameter: single precision for images."""

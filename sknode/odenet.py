@@ -98,7 +98,8 @@ class ODENetClassifier(ClassifierMixin, BaseODENet):
         Strength of the L2 penalty on the weights, divided by the weight of a batch as
         in `sklearn.neural_network.MLPClassifier`.
     batch_size : int or "auto", default="auto"
-        Rows of a minibatch; "auto" is an eighth of them, but from 32 to 200.
+        Rows of a minibatch; "auto" is an eighth of them, but from 32 to 200,
+        or to 64 for images.
     learning_rate_init : float, default=1e-2
         Step size of the training algorithm.
     max_iter : int, default=200
@@ -544,7 +545,8 @@ class ODENetRegressor(RegressorMixin, BaseODENet):
         Strength of the L2 penalty on the weights, divided by the weight of a batch as
         in `sklearn.neural_network.MLPRegressor`.
     batch_size : int or "auto", default="auto"
-        Rows of a minibatch; "auto" is an eighth of them, but from 32 to 200.
+        Rows of a minibatch; "auto" is an eighth of them, but from 32 to 200,
+        or to 64 for images.
     learning_rate_init : float, default=1e-2
         Step size of the training algorithm.
     max_iter : int, default=200

@@ -15,6 +15,7 @@ from sklearn.preprocessing import FunctionTransformer, MinMaxScaler
 
 import sknode._odenet_base
 from sknode import ODENetClassifier, ODENetRegressor
+from sknode._images import shift_at_random
 
 # small nets that learn fast
 SMALL = {"n_channels": 8, "hidden_layer_sizes": (8,), "learning_rate_init": 2e-2}
@@ -106,8 +107,8 @@ def test_units_of_pixels_do_not_matter(digits):
 def test_a_constant_channel_does_no_harm(digits):
     X, y = digits
     X = np.c_[X, np.full(X.shape, 255.0)]
-    settings = {**GREY, "image_shape": (2, 8, 8)}
-    clf = ODENetClassifier(**settings, max_iter=10, random_state=0).fit(X, y)
+    settings = {**GREY, "image_shape": (2, 8, 8), "random_shift": 0}
+    clf = ODENetClassifier(**settings, max_iter=20, random_state=0).fit(X, y)
     assert clf.module_.scale.flatten()[1] == 1.0
     assert clf.score(X, y) > 0.9
 
@@ -269,6 +270,35 @@ def test_a_prediction_of_a_wider_network_has_the_same_bits_too(colours):
         np.testing.assert_array_equal(clf.decision_function(X[:n]), whole[:n])
 
 
+def test_images_are_shifted_in_training_only(digits):
+    X, y = digits
+    settings = {**GREY, "max_iter": 2, "random_state": 0}
+    still = ODENetClassifier(**settings, random_shift=0).fit(X, y)
+    shifted = ODENetClassifier(**settings, random_shift=2).fit(X, y)
+    assert not np.allclose(still.loss_curve_, shifted.loss_curve_, rtol=1e-3)
+    first = shifted.predict_proba(X)
+    np.testing.assert_array_equal(shifted.predict_proba(X), first)
+    again = ODENetClassifier(**settings, random_shift=2).fit(X, y)
+    np.testing.assert_array_equal(again.predict_proba(X), first)
+
+
+def test_shifts_move_whole_images_by_whole_pixels():
+    images = torch.arange(2 * 5 * 6, dtype=torch.float32).view(1, 2, 5, 6)
+    rows = images.flatten(1).repeat(200, 1)
+    generator = torch.Generator().manual_seed(0)
+    shifted = shift_at_random(rows, (2, 5, 6), 2, generator).view(200, 2, 5, 6)
+    padded = torch.nn.functional.pad(images, (2, 2, 2, 2), mode="replicate")
+    moves = {
+        (i, j): padded[0, :, i : i + 5, j : j + 6] for i in range(5) for j in range(5)
+    }
+    seen = set()
+    for image in shifted:
+        matches = [at for at, moved in moves.items() if torch.equal(image, moved)]
+        assert len(matches) == 1
+        seen.add(matches[0])
+    assert len(seen) == 25
+
+
 # --- as one more estimator ----------------------------------------------------------
 
 
@@ -310,7 +340,9 @@ def test_clones_train_the_same(digits):
 
 def test_warm_start_goes_on(digits):
     X, y = digits
-    settings = {**GREY, "batch_size": 200, "tol": 0.0, "random_state": 0}
+    # one batch, so that the order of rows does not matter
+    settings = {**GREY, "batch_size": 200, "random_shift": 0, "tol": 0.0}
+    settings["random_state"] = 0
     once = ODENetClassifier(max_iter=4, **settings).fit(X, y)
     twice = ODENetClassifier(max_iter=2, warm_start=True, **settings).fit(X, y)
     np.testing.assert_allclose(

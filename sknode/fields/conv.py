@@ -128,7 +128,12 @@ class ConvField(nn.Module):
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Return a normalisation in up to 32 groups: the most that divide the channels."""
+    """Return a normalisation in up to 32 groups of two channels or more.
+
+    A group of one channel would take out what the bias of a convolution, and time, add
+    to it.
+    """
+    most = max(1, min(32, channels // 2))
     return nn.GroupNorm(
-        next(n for n in range(min(32, channels), 0, -1) if channels % n == 0), channels
+        next(n for n in range(most, 0, -1) if channels % n == 0), channels
     )

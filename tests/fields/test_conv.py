@@ -76,8 +76,8 @@ def test_the_discrete_adjoint_is_backpropagation(images, time_dependent):
         return [y0.grad, *(p.grad.clone() for p in field.parameters())]
 
     one, two = gradients("discrete"), gradients("backprop")
-    # the bias of a convolution is taken out by the norm behind it
-    assert sum(float(g.abs().max()) > 1e-6 for g in one) == len(one) - 2
+    # the biases of the convolutions, too: no norm takes them out
+    assert all(float(g.abs().max()) > 1e-6 for g in one)
     for a, b in zip(one, two, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 
@@ -111,9 +111,9 @@ def test_slopes_are_bounded(images):
 
 
 @pytest.mark.parametrize(
-    ("channels", "groups"), [(1, 1), (6, 6), (32, 32), (64, 32), (65, 13), (37, 1)]
+    ("channels", "groups"), [(1, 1), (6, 3), (32, 16), (64, 32), (65, 13), (37, 1)]
 )
-def test_groups_are_the_most_up_to_32_that_divide_the_channels(channels, groups):
+def test_groups_are_the_most_up_to_32_of_two_channels_or_more(channels, groups):
     assert group_norm(channels).num_groups == groups
 
 
