@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from scipy import sparse
 from sklearn.model_selection import train_test_split
-from sklearn.utils._param_validation import Interval
+from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 
 from sknode._base import SHARED_CONSTRAINTS, BaseODEEstimator
@@ -29,8 +29,13 @@ __all__ = ["BaseODENet", "usable_scale"]
 CHUNK_VALUES = 2**20
 CHUNK_ROWS = 4096
 
-# Images are halved until the shorter side is no longer than this.
+# Images are halved until the shorter side is no longer than this, and shifted in
+# training by one pixel for so many of them.
 SMALL_IMAGE = 8
+PIXELS_PER_SHIFT = 16
+
+# Dimensions to let flows of features pass by each other.
+AUGMENT_DIM = 2
 
 
 class BaseODENet(BaseODEEstimator):
@@ -45,8 +50,14 @@ class BaseODENet(BaseODEEstimator):
         "image_shape": ["array-like", None],
         "n_channels": [Interval(Integral, 1, None, closed="left")],
         "n_downsamplings": [Interval(Integral, 0, None, closed="left"), None],
-        "random_shift": [Interval(Integral, 0, None, closed="left")],
-        "augment_dim": [Interval(Integral, 0, None, closed="left")],
+        "random_shift": [
+            StrOptions({"auto"}),
+            Interval(Integral, 0, None, closed="left"),
+        ],
+        "augment_dim": [
+            StrOptions({"auto"}),
+            Interval(Integral, 0, None, closed="left"),
+        ],
         "vector_field": [callable, None],
         "kinetic_penalty": [Interval(Real, 0, None, closed="left")],
         "jacobian_penalty": [Interval(Real, 0, None, closed="left")],
@@ -204,7 +215,7 @@ class BaseODENet(BaseODEEstimator):
             "n_outputs": n_outputs,
             "hidden_layer_sizes": self._hidden_layer_sizes(),
             "activation": self.activation,
-            "augment_dim": int(self.augment_dim),
+            "augment_dim": self._augment_dim(),
             "vector_field": self.vector_field,
         }
         if self.image_shape is None:
@@ -219,6 +230,12 @@ class BaseODENet(BaseODEEstimator):
         self.module_ = module
         self._optimizer_state = None
         self._n_epochs = 0
+
+    def _augment_dim(self):
+        """Resolve augment_dim."""
+        if self.augment_dim != "auto":
+            return int(self.augment_dim)
+        return AUGMENT_DIM if self.image_shape is None else 0
 
     def _image_config(self, X):
         """Return the sizes of the network for images."""
@@ -349,14 +366,18 @@ class BaseODENet(BaseODEEstimator):
 
     def _objective(self, module, settings, generator):
         """Return the function that gives losses and evaluations of a batch."""
-        shift = int(self.random_shift) if self.image_shape is not None else 0
+        shift = 0
+        if self.image_shape is not None:
+            shift = self.random_shift
+            if shift == "auto":
+                shift = min(module.image_shape[1:]) // PIXELS_PER_SHIFT
         kinetic_penalty = float(self.kinetic_penalty)
         jacobian_penalty = float(self.jacobian_penalty)
 
         def prepare(x):
             if not shift:
                 return x
-            return shift_at_random(x, module.image_shape, shift, generator)
+            return shift_at_random(x, module.image_shape, int(shift), generator)
 
         def plain(x, target):
             x = prepare(x)

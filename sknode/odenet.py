@@ -45,13 +45,15 @@ class ODENetClassifier(ClassifierMixin, BaseODENet):
     n_downsamplings : int, optional
         With ``image_shape``, how often the image is halved before the ODE; by default
         until its shorter side is at most 8 pixels.
-    random_shift : int, default=1
+    random_shift : int or "auto", default="auto"
         With ``image_shape``, up to how many pixels images are shifted at random along
         both axes, anew in every epoch of training. Predictions then depend less on
-        where in the image something is; use 0 where that matters.
-    augment_dim : int, default=0
+        where in the image something is; use 0 where that matters. "auto" is a
+        sixteenth of the shorter side, rounded down.
+    augment_dim : int or "auto", default="auto"
         State dimensions (channels, for images) beyond the features. Flows cannot
-        cross: with a few dimensions more they can pass by each other [2]_.
+        cross: with a few dimensions more they can pass by each other [2]_. The flow of
+        a single feature is even monotone. "auto" is 2, and 0 for images.
     vector_field : callable, optional
         Makes another vector field than the built-in one: called with the shape of a
         state, a tuple, it returns a `torch.nn.Module` whose ``forward(t, y)`` maps
@@ -70,7 +72,9 @@ class ODENetClassifier(ClassifierMixin, BaseODENet):
     kinetic_penalty : float, default=0
         Strength of a penalty on the kinetic energy of the flow, the mean of ``f^2``
         over state and time [3]_. Flows become straighter and need fewer evaluations.
-        Training takes longer: the compiled kernels do not serve it.
+        Training takes longer: the compiled kernels do not serve it. At a tolerance as
+        loose as 1e-2 use it with ``jacobian_penalty``, or else ``rtol=1e-3``: a field
+        may spend its energy between the stages of the solver.
     jacobian_penalty : float, default=0
         Strength of a penalty on the mean square of ``e^T df/dz`` over state and time,
         with random signs ``e`` drawn for every batch [3]_. Flows become smoother.
@@ -193,8 +197,8 @@ class ODENetClassifier(ClassifierMixin, BaseODENet):
         image_shape=None,
         n_channels=64,
         n_downsamplings=None,
-        random_shift=1,
-        augment_dim=0,
+        random_shift="auto",
+        augment_dim="auto",
         vector_field=None,
         class_weight=None,
         label_smoothing=0.1,
@@ -500,13 +504,15 @@ class ODENetRegressor(RegressorMixin, BaseODENet):
     n_downsamplings : int, optional
         With ``image_shape``, how often the image is halved before the ODE; by default
         until its shorter side is at most 8 pixels.
-    random_shift : int, default=1
+    random_shift : int or "auto", default="auto"
         With ``image_shape``, up to how many pixels images are shifted at random along
         both axes, anew in every epoch of training. Predictions then depend less on
-        where in the image something is; use 0 where that matters.
-    augment_dim : int, default=0
+        where in the image something is; use 0 where that matters. "auto" is a
+        sixteenth of the shorter side, rounded down.
+    augment_dim : int or "auto", default="auto"
         State dimensions (channels, for images) beyond the features. Flows cannot
-        cross: with a few dimensions more they can pass by each other [2]_.
+        cross: with a few dimensions more they can pass by each other [2]_. The flow of
+        a single feature is even monotone. "auto" is 2, and 0 for images.
     vector_field : callable, optional
         Makes another vector field than the built-in one: called with the shape of a
         state, a tuple, it returns a `torch.nn.Module` whose ``forward(t, y)`` maps
@@ -517,7 +523,9 @@ class ODENetRegressor(RegressorMixin, BaseODENet):
     kinetic_penalty : float, default=0
         Strength of a penalty on the kinetic energy of the flow, the mean of ``f^2``
         over state and time [3]_. Flows become straighter and need fewer evaluations.
-        Training takes longer: the compiled kernels do not serve it.
+        Training takes longer: the compiled kernels do not serve it. At a tolerance as
+        loose as 1e-2 use it with ``jacobian_penalty``, or else ``rtol=1e-3``: a field
+        may spend its energy between the stages of the solver.
     jacobian_penalty : float, default=0
         Strength of a penalty on the mean square of ``e^T df/dz`` over state and time,
         with random signs ``e`` drawn for every batch [3]_. Flows become smoother.
@@ -623,7 +631,7 @@ class ODENetRegressor(RegressorMixin, BaseODENet):
     >>> from sknode import ODENetRegressor
     >>> X = np.linspace(-3, 3, 200)[:, None]
     >>> y = np.c_[np.sin(X[:, 0]), np.abs(X[:, 0])]
-    >>> reg = ODENetRegressor(augment_dim=2, random_state=0).fit(X, y)
+    >>> reg = ODENetRegressor(random_state=0).fit(X, y)
     >>> reg.score(X, y) > 0.95
     True
     >>> reg.predict(X[:3]).shape
@@ -640,8 +648,8 @@ class ODENetRegressor(RegressorMixin, BaseODENet):
         image_shape=None,
         n_channels=64,
         n_downsamplings=None,
-        random_shift=1,
-        augment_dim=0,
+        random_shift="auto",
+        augment_dim="auto",
         vector_field=None,
         kinetic_penalty=0.0,
         jacobian_penalty=0.0,

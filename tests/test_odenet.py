@@ -155,7 +155,9 @@ def test_trajectory_starts_at_the_mapped_features_and_ends_where_predict_reads(
 ):
     X, _ = moons
     path = fitted.trajectory(X, n_times=20)
-    assert path.shape == (200, 20, 2)
+    # two features and two dimensions more
+    assert path.shape == (200, 20, 4)
+    np.testing.assert_array_equal(path[:, 0, 2:], 0.0)
     with torch.no_grad():
         start = fitted.module_.initial_state(torch.from_numpy(X))
         logits = fitted.module_.output_map(torch.from_numpy(path[:, -1]))

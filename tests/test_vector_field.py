@@ -117,7 +117,8 @@ def test_a_regressor_takes_one_too(moons):
 
 
 @pytest.mark.parametrize(
-    ("settings", "expected"), [({}, (2,)), ({"augment_dim": 3}, (5,))]
+    ("settings", "expected"),
+    [({}, (4,)), ({"augment_dim": 0}, (2,)), ({"augment_dim": 3}, (5,))],
 )
 def test_the_factory_gets_the_shape_of_a_row_of_states(moons, settings, expected):
     seen = []
@@ -358,7 +359,7 @@ def test_slopes_of_another_shape_are_refused(moons, function):
 def test_a_field_that_fails_is_named_with_the_shapes(moons):
     clf = ODENetClassifier(vector_field=lambda shape: Damped((3,)))
     with pytest.raises(
-        ValueError, match=r"vector_field made fails.*\(16, 1\).*\(16, 2\)"
+        ValueError, match=r"vector_field made fails.*\(16, 1\).*\(16, 4\)"
     ):
         clf.fit(*moons)
     clf = ODENetClassifier(vector_field=lambda shape: nn.Linear(2, 2))
