@@ -15,6 +15,10 @@ from torch import Tensor, nn
 
 __all__ = ["History", "Recipe", "make_optimizer", "train"]
 
+# A step follows a gradient of at most this norm: a batch with an outlier then does not
+# undo what the others taught.
+GRADIENT_BOUND = 1.0
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -37,8 +41,7 @@ class History:
     loss: list[float] = field(default_factory=list)
     nfe: list[float] = field(default_factory=list)
     validation: list[float] = field(default_factory=list)
-    best_loss: float = math.inf
-    best_validation: float = -math.inf
+    last_progress: float = -math.inf  # score, or loss with a minus, of that epoch
     stale: int = 0  # epochs without progress
     anneal: int = 0  # epochs since progress ended, in which the learning rate falls
 
@@ -110,8 +113,9 @@ def train(
         Called with the epoch; returns True to stop.
     """
     n, device = len(weight), weight.device
-    weight_on_host = weight.cpu()  # to sum up without waiting for the device
     n_batches = math.ceil(n / recipe.batch_size)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    penalize(optimizer, recipe.alpha / float(weight.sum()))
     best = None
     for epoch in range(recipe.max_iter):
         started = time.perf_counter()
@@ -120,16 +124,13 @@ def train(
         if n_batches > 1:
             order = torch.randperm(n, generator=generator)
         loss_sum, nfe_sum = 0.0, 0.0  # tensors on the device: read once an epoch
-        batches = order.to(device).split(recipe.batch_size)
-        for rows, rows_on_host in zip(
-            batches, order.split(recipe.batch_size), strict=True
-        ):
-            total = float(weight_on_host[rows_on_host].sum())
+        for rows in order.to(device).split(recipe.batch_size):
+            share = weight[rows]
             losses, nfe = objective(*(x[rows] for x in data))
-            loss = weight[rows] @ losses
+            loss = share @ losses
             optimizer.zero_grad()
-            (loss / total).backward()
-            penalize(optimizer, recipe.alpha / total)
+            (loss / share.sum()).backward()
+            nn.utils.clip_grad_norm_(parameters, GRADIENT_BOUND)
             optimizer.step()
             loss_sum = loss_sum + loss.detach()
             nfe_sum = nfe_sum + nfe.sum()
@@ -178,12 +179,11 @@ def has_finished(recipe: Recipe, history: History, validated: bool) -> bool:
     if history.anneal:
         history.anneal += 1
         return history.anneal > recipe.n_iter_no_change
-    if validated:
-        improved = history.validation[-1] >= history.best_validation + recipe.tol
-        history.best_validation = max(history.best_validation, history.validation[-1])
-    else:
-        improved = history.loss[-1] <= history.best_loss - recipe.tol
-    history.best_loss = min(history.best_loss, history.loss[-1])
+    now = history.validation[-1] if validated else -history.loss[-1]
+    # small gains add up: they are measured from the last epoch that counted
+    improved = now >= history.last_progress + recipe.tol
+    if improved:
+        history.last_progress = now
     history.stale = 0 if improved else history.stale + 1
     if history.stale > recipe.n_iter_no_change:
         history.anneal = 1
