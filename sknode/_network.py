@@ -78,7 +78,9 @@ class Network(nn.Module):
 
     def flow(self, x: Tensor, solver: SolverSettings, t: Tensor | None = None):
         """Solve for (n, n_features) rows; return the `Solution`."""
-        return solver.solve(self.field, self.initial_state(x), INTERVAL if t is None else t)
+        return solver.solve(
+            self.field, self.initial_state(x), INTERVAL if t is None else t
+        )
 
     def forward(self, x: Tensor, solver: SolverSettings) -> tuple[Tensor, Tensor]:
         """Return outputs (n, n_outputs) and function evaluations (n,).
