@@ -154,6 +154,7 @@ class BaseODEEstimator(CallbackSupportMixin, BaseEstimator):
             alpha=float(self.alpha),
             tol=float(self.tol),
             n_iter_no_change=self.n_iter_no_change,
+            ends=not self.warm_start and max_iter > 1,
             verbose=bool(self.verbose),
             name=type(self).__name__,
         )

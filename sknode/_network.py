@@ -25,6 +25,13 @@ UNSUITABLE = (
 )
 
 
+# Where the flow starts and ends; nobody writes to it.
+INTERVAL = torch.tensor([0.0, 1.0], dtype=torch.float64)
+
+# Below so many inputs the units of a vector field start steeper.
+FEW_INPUTS = 8
+
+
 @dataclass(frozen=True)
 class SolverSettings:
     """The solver parameters of an estimator at the time of a call."""
@@ -75,7 +82,9 @@ class Network(nn.Module):
 
     def flow(self, x: Tensor, solver: SolverSettings, t: Tensor | None = None):
         """Solve for (n, n_features) rows; return the `Solution`."""
-        return solver.solve(self.field, self.initial_state(x), _interval(t))
+        return solver.solve(
+            self.field, self.initial_state(x), INTERVAL if t is None else t
+        )
 
     def forward(self, x: Tensor, solver: SolverSettings) -> tuple[Tensor, Tensor]:
         """Return outputs (n, n_outputs) and function evaluations (n,).
@@ -97,7 +106,7 @@ class Network(nn.Module):
         """
         field = EnergyField(self.field, self.state_shape, probe)
         start = field.start(self.initial_state(x))
-        solution = _check(solver.solve(field, start, _interval()))
+        solution = _check(solver.solve(field, start, INTERVAL))
         y, kinetic, jacobian = field.split(solution.y[:, -1])
         return self.output_map(y), solution.stats["n_f_evals"], kinetic, jacobian
 
@@ -136,7 +145,7 @@ class TabularNetwork(Network):
         self.register_buffer("scale", torch.ones(n_features))
         self.input_map = nn.Linear(n_features, n_features)
         self.set_field(
-            lambda: _unit_gain(MLPField(state, hidden_layer_sizes, activation, True)),
+            lambda: _start(MLPField(state, hidden_layer_sizes, activation, True)),
             vector_field,
         )
         self.output_map = nn.Linear(state, n_outputs)
@@ -148,6 +157,8 @@ class TabularNetwork(Network):
     def initial_state(self, x: Tensor) -> Tensor:
         """Return the states at t = 0 of (n, n_features) rows in the units of X."""
         state = self.input_map((x - self.mean) / self.scale)
+        if self.augment_dim == 0:
+            return state  # to pad by nothing would be a copy
         return nn.functional.pad(state, (0, self.augment_dim))
 
 
@@ -298,21 +309,20 @@ def make_field(vector_field: Callable, state_shape: tuple[int, ...]) -> nn.Modul
     return field
 
 
-def _unit_gain(field: MLPField) -> MLPField:
-    """Let the hidden units of a field start with unit variance.
+def _start(field: MLPField) -> MLPField:
+    """Let the hidden units of a field start with unit variance, or more for few inputs.
 
     Uniform with variance 1 / fan_in, three times torch's own, as LeCun et al.,
-    "Efficient BackProp" (1998): else the hidden units start out all but linear, and a
-    field of a few features stays so for many epochs.
+    "Efficient BackProp" (1998): else the hidden units start out all but linear. With
+    less than `FEW_INPUTS` even these are too smooth for the curved boundaries of few
+    features, and training may stop at a straight one.
     """
+    first = field.layers[0]
+    gain = math.sqrt(3.0) * max(1.0, FEW_INPUTS / first.in_features)
     with torch.no_grad():
-        for parameter in field.layers[0].parameters():
-            parameter.mul_(math.sqrt(3.0))
+        for parameter in first.parameters():
+            parameter.mul_(gain)
     return field
-
-
-def _interval(t: Tensor | None = None) -> Tensor:
-    return torch.tensor([0.0, 1.0], dtype=torch.float64) if t is None else t
 
 
 def _check(solution: Solution) -> Solution:

@@ -18,6 +18,10 @@ from sknode.ode import SolverError
 
 __all__ = ["History", "Recipe", "make_optimizer", "train"]
 
+# A step follows a gradient of at most this norm: a batch with an outlier then does not
+# undo what the others taught.
+GRADIENT_BOUND = 1.0
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -29,6 +33,7 @@ class Recipe:
     alpha: float
     tol: float
     n_iter_no_change: int
+    ends: bool = True  # whether max_iter is the end, and no later call goes on
     verbose: bool = False
     name: str = "estimator"
 
@@ -40,10 +45,11 @@ class History:
     loss: list[float] = field(default_factory=list)
     nfe: list[float] = field(default_factory=list)
     validation: list[float] = field(default_factory=list)
-    best_loss: float = math.inf
-    best_validation: float = -math.inf
+    last_progress: float = -math.inf  # score, or loss with a minus, of that epoch
     stale: int = 0  # epochs without progress
-    anneal: int = 0  # epochs since progress ended, in which the learning rate falls
+    fall: int = 0  # epochs at the end in which the learning rate falls, once known
+    fallen: int = 0  # how many of them have begun
+    converged: bool = False  # whether progress had ended by itself
 
 
 def make_optimizer(module: nn.Module, recipe: Recipe, state: dict | None = None):
@@ -106,15 +112,16 @@ def train(
     validate : callable, optional
         Returns a score of the module as it is, larger is better. With it, training
         ends when the score no longer improves and the best weights are restored;
-        without, when the loss no longer does. Either way it ends with
-        ``n_iter_no_change`` epochs in which the learning rate falls to zero: they take
-        the noise of the minibatches out of the weights.
+        without, when the loss no longer does. Either way, and also before
+        ``max_iter``, it ends with ``n_iter_no_change`` epochs in which the learning
+        rate falls to zero: they take the noise of the minibatches out of the weights.
     on_epoch : callable
         Called with the epoch; returns True to stop.
     """
     n, device = len(weight), weight.device
-    weight_on_host = weight.cpu()  # to sum up without waiting for the device
     n_batches = math.ceil(n / recipe.batch_size)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    penalize(optimizer, recipe.alpha / float(weight.sum()))
     best = None
     for epoch in range(recipe.max_iter):
         started = time.perf_counter()
@@ -123,23 +130,20 @@ def train(
         if n_batches > 1:
             order = torch.randperm(n, generator=generator)
         loss_sum, nfe_sum = 0.0, 0.0  # tensors on the device: read once an epoch
-        batches = order.to(device).split(recipe.batch_size)
-        for rows, rows_on_host in zip(
-            batches, order.split(recipe.batch_size), strict=True
-        ):
-            total = float(weight_on_host[rows_on_host].sum())
+        for rows in order.to(device).split(recipe.batch_size):
+            share = weight[rows]
             optimizer.zero_grad()
             try:
                 losses, nfe = objective(*(x[rows] for x in data))
-                loss = weight[rows] @ losses
-                (loss / total).backward()
+                loss = share @ losses
+                (loss / share.sum()).backward()
             except SolverError as error:
                 raise SolverError(
                     f"{recipe.name}: the solver failed in epoch "
                     f"{len(history.loss) + 1} of the training. {error} If the training "
                     "diverges, lower learning_rate_init or raise alpha."
                 ) from error
-            penalize(optimizer, recipe.alpha / total)
+            nn.utils.clip_grad_norm_(parameters, GRADIENT_BOUND)
             optimizer.step()
             loss_sum = loss_sum + loss.detach()
             nfe_sum = nfe_sum + nfe.sum()
@@ -160,16 +164,15 @@ def train(
         if on_epoch(epoch) or has_finished(recipe, history, validate is not None):
             break
         for group in optimizer.param_groups:
-            share = history.anneal / (recipe.n_iter_no_change + 1)
+            share = history.fallen / (history.fall + 1)
             group["lr"] = recipe.learning_rate * (1 - share)
-    else:
-        if recipe.max_iter > 1:
-            warnings.warn(
-                f"{recipe.name}: max_iter={recipe.max_iter} was reached and the "
-                "training had not converged yet. Raise max_iter or learning_rate_init.",
-                ConvergenceWarning,
-                stacklevel=stacklevel_of_caller(),
-            )
+    if epoch + 1 == recipe.max_iter > 1 and not history.converged:
+        warnings.warn(
+            f"{recipe.name}: max_iter={recipe.max_iter} was reached and the "
+            "training had not converged yet. Raise max_iter or learning_rate_init.",
+            ConvergenceWarning,
+            stacklevel=stacklevel_of_caller(),
+        )
     if best is not None:
         with torch.no_grad():
             for p, value in zip(module.parameters(), best, strict=True):
@@ -185,18 +188,21 @@ def penalize(optimizer: torch.optim.Optimizer, alpha: float) -> None:
 
 def has_finished(recipe: Recipe, history: History, validated: bool) -> bool:
     """Keep count of epochs without progress; return whether training is over."""
-    if history.anneal:
-        history.anneal += 1
-        return history.anneal > recipe.n_iter_no_change
-    if validated:
-        improved = history.validation[-1] >= history.best_validation + recipe.tol
-        history.best_validation = max(history.best_validation, history.validation[-1])
-    else:
-        improved = history.loss[-1] <= history.best_loss - recipe.tol
-    history.best_loss = min(history.best_loss, history.loss[-1])
+    if history.fall:
+        history.fallen += 1
+        return history.fallen > history.fall
+    now = history.validation[-1] if validated else -history.loss[-1]
+    # small gains add up: they are measured from the last epoch that counted
+    improved = now >= history.last_progress + recipe.tol
+    if improved:
+        history.last_progress = now
     history.stale = 0 if improved else history.stale + 1
+    left = recipe.max_iter - len(history.loss)
+    # a training that is cut short spends a third of it on the fall at most
+    at_limit = min(recipe.n_iter_no_change, recipe.max_iter // 3)
     if history.stale > recipe.n_iter_no_change:
-        history.anneal = 1
+        history.converged = True
+        history.fall, history.fallen = min(recipe.n_iter_no_change, left), 1
         if recipe.verbose:
             what = "Validation score" if validated else "Training loss"
             print(
@@ -204,6 +210,8 @@ def has_finished(recipe: Recipe, history: History, validated: bool) -> bool:
                 f"{recipe.n_iter_no_change} consecutive epochs. Ending with a falling "
                 "learning rate."
             )
+    elif recipe.ends and 0 < left <= at_limit:
+        history.fall, history.fallen = left, 1
     return False
 
 

@@ -64,7 +64,7 @@ class ODENetClassifier(ClassifierMixin, BaseODENet):
     class_weight : dict, "balanced" or None, default=None
         Weights of the classes. "balanced" is inversely proportional to their
         frequencies.
-    label_smoothing : float, default=0.1
+    label_smoothing : float, default=0.05
         Share of every label that is spread over all classes. Training then ends at
         finite margins instead of pushing them up for ever, which generalises better;
         probabilities stay about ``label_smoothing / n_classes`` away from 0. Use 0 for
@@ -98,9 +98,11 @@ class ODENetClassifier(ClassifierMixin, BaseODENet):
         with the steps; or torch's autograd through all operations.
     optimizer : {"adam"}, default="adam"
         Training algorithm.
-    alpha : float, default=1e-4
-        Strength of the L2 penalty on the weights, divided by the weight of a batch as
-        in `sklearn.neural_network.MLPClassifier`.
+    alpha : float, default=1
+        Strength of the L2 penalty on the weight matrices: ``alpha / 2`` times the sum
+        of their squares is added to the sum of the losses of all rows, as in
+        `sklearn.linear_model.LogisticRegression`, with
+        ``C = 1 / alpha``.
     batch_size : int or "auto", default="auto"
         Rows of a minibatch; "auto" is an eighth of them, but from 32 to 200,
         or to 64 for images.
@@ -109,10 +111,12 @@ class ODENetClassifier(ClassifierMixin, BaseODENet):
     max_iter : int, default=200
         Largest number of epochs.
     tol : float, default=5e-3
-        What the loss (or the validation score) has to gain to count as progress.
-    n_iter_no_change : int, default=10
-        After so many epochs without progress training ends, with as many epochs more
-        in which the learning rate falls to zero.
+        What the loss (or the validation score) has to gain to count as progress, since
+        the last epoch that counted.
+    n_iter_no_change : int, default=5
+        After more than so many epochs without progress training ends, with as many
+        epochs in which the learning rate falls to zero. It also falls before
+        ``max_iter``, unless ``warm_start`` says that training will go on.
     early_stopping : bool, default=False
         Whether to hold out ``validation_fraction`` of the data, stop by the score on it
         and restore the best weights. Implied by passing ``X_val`` to ``fit``.
@@ -201,7 +205,7 @@ class ODENetClassifier(ClassifierMixin, BaseODENet):
         augment_dim="auto",
         vector_field=None,
         class_weight=None,
-        label_smoothing=0.1,
+        label_smoothing=0.05,
         kinetic_penalty=0.0,
         jacobian_penalty=0.0,
         solver="dopri5",
@@ -211,12 +215,12 @@ class ODENetClassifier(ClassifierMixin, BaseODENet):
         step_size=0.1,
         gradient="discrete",
         optimizer="adam",
-        alpha=1e-4,
+        alpha=1.0,
         batch_size="auto",
         learning_rate_init=1e-2,
         max_iter=200,
         tol=5e-3,
-        n_iter_no_change=10,
+        n_iter_no_change=5,
         early_stopping=False,
         validation_fraction=0.1,
         warm_start=False,
@@ -549,9 +553,10 @@ class ODENetRegressor(RegressorMixin, BaseODENet):
         with the steps; or torch's autograd through all operations.
     optimizer : {"adam"}, default="adam"
         Training algorithm.
-    alpha : float, default=1e-4
-        Strength of the L2 penalty on the weights, divided by the weight of a batch as
-        in `sklearn.neural_network.MLPRegressor`.
+    alpha : float, default=1
+        Strength of the L2 penalty on the weight matrices: ``alpha / 2`` times the sum
+        of their squares is added to the sum of the losses of all rows, as in
+        `sklearn.linear_model.Ridge`.
     batch_size : int or "auto", default="auto"
         Rows of a minibatch; "auto" is an eighth of them, but from 32 to 200,
         or to 64 for images.
@@ -560,10 +565,12 @@ class ODENetRegressor(RegressorMixin, BaseODENet):
     max_iter : int, default=200
         Largest number of epochs.
     tol : float, default=5e-3
-        What the loss (or the validation score) has to gain to count as progress.
-    n_iter_no_change : int, default=10
-        After so many epochs without progress training ends, with as many epochs more
-        in which the learning rate falls to zero.
+        What the loss (or the validation score) has to gain to count as progress, since
+        the last epoch that counted.
+    n_iter_no_change : int, default=5
+        After more than so many epochs without progress training ends, with as many
+        epochs in which the learning rate falls to zero. It also falls before
+        ``max_iter``, unless ``warm_start`` says that training will go on.
     early_stopping : bool, default=False
         Whether to hold out ``validation_fraction`` of the data, stop by the score on it
         and restore the best weights. Implied by passing ``X_val`` to ``fit``.
@@ -660,12 +667,12 @@ class ODENetRegressor(RegressorMixin, BaseODENet):
         step_size=0.1,
         gradient="discrete",
         optimizer="adam",
-        alpha=1e-4,
+        alpha=1.0,
         batch_size="auto",
         learning_rate_init=1e-2,
         max_iter=200,
         tol=5e-3,
-        n_iter_no_change=10,
+        n_iter_no_change=5,
         early_stopping=False,
         validation_fraction=0.1,
         warm_start=False,

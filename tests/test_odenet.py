@@ -104,14 +104,15 @@ def test_gradients_through_the_adjoint_and_through_backpropagation_train_alike(m
 
 def test_the_penalty_shrinks_the_matrices(moons):
     def norm(alpha):
-        clf = ODENetClassifier(alpha=alpha, max_iter=30, random_state=0).fit(*moons)
+        long = {"max_iter": 100, "n_iter_no_change": 100, "random_state": 0}
+        clf = ODENetClassifier(alpha=alpha, **long).fit(*moons)
         weights = [p.detach() for p in clf.module_.parameters() if p.ndim > 1]
         return float(sum(p.square().sum() for p in weights))
 
     assert norm(10.0) < 0.1 * norm(0.0)
 
 
-def test_the_penalty_is_divided_by_the_weight_of_a_batch(moons):
+def test_the_penalty_is_divided_by_the_weight_of_all_rows(moons):
     X, y = moons
     one = ODENetClassifier(alpha=1.0, **SHORT).fit(X, y)
     weight = np.full(len(y), 1000.0)
@@ -272,6 +273,18 @@ def test_training_stops_when_the_loss_does_not_fall(moons):
     assert clf.n_iter_ == 5 + 3
 
 
+def test_the_learning_rate_falls_before_max_iter(moons):
+    X, y = moons
+    settings = {"batch_size": 200, "tol": 0.0, "random_state": 0}
+    # with warm_start it does not: training may go on
+    on = ODENetClassifier(max_iter=9, warm_start=True, **settings).fit(X, y)
+    end = ODENetClassifier(max_iter=9, **settings).fit(X, y)
+    # a third of the epochs; the loss of the first with a smaller step comes after it
+    assert end.loss_curve_[:7] == on.loss_curve_[:7]
+    changes = np.abs(np.diff(end.loss_curve_[6:]))
+    assert (changes < np.abs(np.diff(on.loss_curve_[6:]))).all()
+
+
 @pytest.mark.filterwarnings("default")
 def test_reaching_max_iter_warns(moons):
     with pytest.warns(ConvergenceWarning, match="max_iter=3"):
@@ -282,7 +295,7 @@ def test_warm_start_goes_on_with_the_optimizer(moons):
     X, y = moons
     # one batch, so that the order of rows does not matter
     settings = {"batch_size": 200, "tol": 0.0, "random_state": 0}
-    once = ODENetClassifier(max_iter=12, **settings).fit(X, y)
+    once = ODENetClassifier(max_iter=12, warm_start=True, **settings).fit(X, y)
     twice = ODENetClassifier(max_iter=6, warm_start=True, **settings).fit(X, y)
     pickled = pickle.loads(pickle.dumps(twice)).fit(X, y)
     twice.fit(X, y)

@@ -343,7 +343,7 @@ def test_warm_start_goes_on(digits):
     # one batch, so that the order of rows does not matter
     settings = {**GREY, "batch_size": 200, "random_shift": 0, "tol": 0.0}
     settings["random_state"] = 0
-    once = ODENetClassifier(max_iter=4, **settings).fit(X, y)
+    once = ODENetClassifier(max_iter=4, warm_start=True, **settings).fit(X, y)
     twice = ODENetClassifier(max_iter=2, warm_start=True, **settings).fit(X, y)
     np.testing.assert_allclose(
         twice.fit(X, y).predict_proba(X), once.predict_proba(X), atol=1e-5

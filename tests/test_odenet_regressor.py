@@ -260,7 +260,7 @@ def test_warm_start_goes_on_with_the_optimizer(sine):
     X, y = sine
     # one batch, so that the order of rows does not matter
     settings = {"batch_size": len(y), "tol": 0.0, "random_state": 0}
-    once = ODENetRegressor(max_iter=12, **settings).fit(X, y)
+    once = ODENetRegressor(max_iter=12, warm_start=True, **settings).fit(X, y)
     twice = ODENetRegressor(max_iter=6, warm_start=True, **settings).fit(X, y)
     again = pickle.loads(pickle.dumps(twice)).fit(X, y)
     twice.fit(X, y)

@@ -105,6 +105,8 @@ class Solution:
     @property
     def success(self) -> bool:
         """Whether all samples reached the end of the interval or a terminal event."""
+        if not self.status.any():  # the usual case, in one operation
+            return True
         done = (self.status == Status.SUCCESS) | (self.status == Status.EVENT)
         return bool(done.all())
 

@@ -272,15 +272,17 @@ def solve(
         y = y.view(batch, n_times, *state)
     trace = run.trace
 
-    def per_sample(values, dtype=torch.int64):
-        return torch.from_numpy(values.astype("f8")).to(y0.device, dtype).expand(batch)
-
+    stats = _statistics(trace, options)
+    # moved to the device together
+    counts = torch.from_numpy(np.array([trace.status, *stats.values()], dtype=np.int64))
+    t_reached = torch.from_numpy(trace.t_reached.astype("f8"))
+    status, *counts = counts.to(y0.device).expand(-1, batch)
     return Solution(
         t=times,
         y=y,
-        status=per_sample(trace.status),
-        stats={k: per_sample(v) for k, v in _statistics(trace, options).items()},
-        t_reached=per_sample(trace.t_reached, torch.float64),
+        status=status,
+        stats=dict(zip(stats, counts, strict=True)),
+        t_reached=t_reached.to(y0.device).expand(batch),
         _resolve=again,
     )
 
