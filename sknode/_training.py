@@ -49,9 +49,6 @@ class History:
 def make_optimizer(module: nn.Module, recipe: Recipe, state: dict | None = None):
     """Return Adam, in groups with and without the penalty: on weight matrices only.
 
-    Kernels of convolutions are left alone: where a normalisation follows, their size
-    means nothing, and the penalty of a matrix costs accuracy.
-
     Parameters
     ----------
     module : torch.nn.Module
@@ -61,8 +58,8 @@ def make_optimizer(module: nn.Module, recipe: Recipe, state: dict | None = None)
     state : dict, optional
         The state of an earlier optimizer, to go on with.
     """
-    weights = [p for p in module.parameters() if p.ndim == 2]
-    others = [p for p in module.parameters() if p.ndim != 2]
+    weights = [p for p in module.parameters() if p.ndim > 1]
+    others = [p for p in module.parameters() if p.ndim <= 1]
     groups = [{"params": weights, "decay": True}, {"params": others, "decay": False}]
     optimizer = torch.optim.Adam(groups, lr=recipe.learning_rate, fused=True)
     if state is not None:
