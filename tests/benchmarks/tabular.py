@@ -5,7 +5,7 @@ process and one thread. The models take turns at every fold, so that a busy mach
 slows all of them down. A score is that of the predictions of all folds together,
 accuracy or R2, averaged over repeats; a rank is among the models on one set. Repeats
 split by the seeds ``--seed``, ``--seed`` + 1 and so on, which are the models' too. The
-defaults were chosen with seeds 10 to 14.
+defaults were chosen with seeds 10 to 12.
 
 Those of the sets that are not part of scikit-learn are read from ``--data``, a folder
 with files of standardised rows (``train``) and their columns' names (``columns``),
