@@ -153,6 +153,10 @@ class TabularNetwork(Network):
             # start from the features themselves
             self.input_map.weight.copy_(torch.eye(n_features))
             self.input_map.bias.zero_()
+            # and at the mean of the targets, or equal probabilities: chance then has
+            # no part in what is never learned
+            self.output_map.weight.zero_()
+            self.output_map.bias.zero_()
 
     def initial_state(self, x: Tensor) -> Tensor:
         """Return the states at t = 0 of (n, n_features) rows in the units of X."""

@@ -98,7 +98,7 @@ class ODENetClassifier(ClassifierMixin, BaseODENet):
         with the steps; or torch's autograd through all operations.
     optimizer : {"adam"}, default="adam"
         Training algorithm.
-    alpha : float, default=1
+    alpha : float, default=0.3
         Strength of the L2 penalty on the weight matrices: ``alpha / 2`` times the sum
         of their squares is added to the sum of the losses of all rows, as in
         `sklearn.linear_model.LogisticRegression`, with
@@ -215,7 +215,7 @@ class ODENetClassifier(ClassifierMixin, BaseODENet):
         step_size=0.1,
         gradient="discrete",
         optimizer="adam",
-        alpha=1.0,
+        alpha=0.3,
         batch_size="auto",
         learning_rate_init=1e-2,
         max_iter=200,
@@ -553,7 +553,7 @@ class ODENetRegressor(RegressorMixin, BaseODENet):
         with the steps; or torch's autograd through all operations.
     optimizer : {"adam"}, default="adam"
         Training algorithm.
-    alpha : float, default=1
+    alpha : float, default=0.3
         Strength of the L2 penalty on the weight matrices: ``alpha / 2`` times the sum
         of their squares is added to the sum of the losses of all rows, as in
         `sklearn.linear_model.Ridge`.
@@ -667,7 +667,7 @@ class ODENetRegressor(RegressorMixin, BaseODENet):
         step_size=0.1,
         gradient="discrete",
         optimizer="adam",
-        alpha=1.0,
+        alpha=0.3,
         batch_size="auto",
         learning_rate_init=1e-2,
         max_iter=200,
@@ -819,7 +819,10 @@ class ODENetRegressor(RegressorMixin, BaseODENet):
         """Learn mean and scale of the targets."""
         mean = np.average(y, axis=0, weights=weight)
         scale = np.sqrt(np.average((y - mean) ** 2, axis=0, weights=weight))
-        self.y_mean_, self.y_scale_ = np.asarray(mean), usable_scale(mean, scale, y)
+        self.y_scale_ = usable_scale(mean, scale, y)
+        # a constant is its own mean, to the last digit: Adam would take the rounding
+        # error for something to learn
+        self.y_mean_ = np.where(self.y_scale_ == scale, mean, y[0])
         return 1 if y.ndim == 1 else y.shape[1]
 
     def _encode(self, y, dtype):

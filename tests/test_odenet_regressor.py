@@ -64,6 +64,8 @@ def test_a_flow_on_a_line_learns_only_what_is_monotone(sine):
     X = np.sort(sine[0], axis=0)
     reg = ODENetRegressor(augment_dim=0, max_iter=40, random_state=0)
     reg.fit(X, np.sin(X[:, 0]))
+    # as the flow is, not its solution by the loose steps of the training
+    reg.set_params(rtol=1e-8, atol=1e-8)
     slopes = np.diff(reg.predict(X))
     assert (slopes >= -1e-6).all() or (slopes <= 1e-6).all()
 
@@ -140,9 +142,9 @@ def test_units_of_the_targets_do_not_matter(sine, offset, scale):
 def test_a_constant_target_is_predicted(plane, constant):
     X, _ = plane
     y = np.full(len(X), constant)
-    reg = ODENetRegressor(max_iter=60, random_state=0).fit(X, y)
+    reg = ODENetRegressor(random_state=0).fit(X, y)
     assert reg.y_scale_ == 1.0
-    np.testing.assert_allclose(reg.predict(X), y, atol=0.05)
+    np.testing.assert_allclose(reg.predict(X), y, rtol=1e-12)
 
 
 def test_a_constant_target_leaves_the_others_alone(sine):

@@ -144,7 +144,10 @@ class _Backward:
                 trace = self._integrate(end)
                 found = trace.y[:, -1, self.n :] / self.inverse
             parameters = field.parameter_gradients()
-        if self.active.any():
+        if not self.active.any():
+            # zero, as by the other gradients, not none: an optimizer tells them apart
+            parameters = [torch.zeros_like(p) for p in field.parameters]
+        else:
             a = torch.where(self._tensor(self.active)[:, None], found, end)
             if self.grad_times is not None:
                 self._end_times(trace.k0[:, : self.n])

@@ -505,3 +505,17 @@ def test_memory_does_not_depend_on_the_number_of_steps(kind, make_mlp, random):
 def test_bad_settings(settings, message, y0):
     with pytest.raises(ValueError, match=message):
         solve(lambda t, y: y, y0, [0.0, 1.0], **settings)
+
+
+@pytest.mark.parametrize("gradient", ["discrete", "continuous", "backprop"])
+def test_cotangents_of_zero_give_gradients_of_zero(gradient):
+    # not none: an optimizer would leave out its weight decay
+    linear = torch.nn.Linear(3, 3)
+    y = solve_ode(
+        lambda t, y: torch.sin(linear(y)),
+        torch.ones(5, 3),
+        [0.0, 1.0],
+        gradient=gradient,
+    ).y
+    (0 * y).sum().backward()
+    assert all((p.grad == 0).all() for p in linear.parameters())
