@@ -27,7 +27,7 @@ def main():
         X, y, test_size=0.25, stratify=y, random_state=0
     )
     # X stays a table, so that every tool of scikit-learn can handle it
-    net = ODENetClassifier(image_shape=(1, 8, 8), max_iter=20, random_state=0)
+    net = ODENetClassifier(image_shape=(1, 8, 8), max_iter=40, random_state=0)
     model = make_pipeline(MinMaxScaler(), net)
 
     print("Search over the number of channels, two folds")
