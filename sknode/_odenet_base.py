@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 from numbers import Integral, Real
 from typing import ClassVar
 
@@ -132,7 +133,8 @@ class BaseODENet(BaseODEEstimator):
             seed = self._next_seed(seed)
         else:
             self._start(X, y, weight, seed)
-        self._train(X, y, weight, validation, self.max_iter, seed)
+        self._weight_seen = weight.sum()
+        self._train(X, y, weight, validation, self.max_iter, seed, self._weight_seen)
         return self
 
     def _next_seed(self, seed):
@@ -156,7 +158,8 @@ class BaseODENet(BaseODEEstimator):
             self._start(X, y, weight, seed)
         else:
             seed = self._next_seed(seed)
-        self._train(X, y, weight, None, 1, seed, keep_history=True)
+        self._weight_seen = (0.0 if first else self._weight_seen) + weight.sum()
+        self._train(X, y, weight, None, 1, seed, self._weight_seen, keep_history=True)
         return self
 
     def _check_weights(self, sample_weight, X):
@@ -307,14 +310,22 @@ class BaseODENet(BaseODEEstimator):
     # --- training ---------------------------------------------------------------------
 
     def _train(
-        self, X, y, weight, validation, max_iter, seed, keep_history=False
+        self,
+        X,
+        y,
+        weight,
+        validation,
+        max_iter,
+        seed,
+        total_weight,
+        keep_history=False,
     ) -> None:
         """Run the training loop and set the fitted attributes."""
         module, device = self.module_.train(), self._device()
         module.to(device)
         dtype = next(module.parameters()).dtype
         settings = self._solver_settings(dtype)
-        recipe = self._recipe(len(X), max_iter)
+        recipe = replace(self._recipe(len(X), max_iter), total_weight=total_weight)
         optimizer = make_optimizer(module, recipe, self._optimizer_state)
         data = (
             torch.from_numpy(np.array(X)).to(device, dtype),

@@ -33,6 +33,7 @@ class Recipe:
     alpha: float
     tol: float
     n_iter_no_change: int
+    total_weight: float | None = None  # that alpha is divided by, if not of the data
     ends: bool = True  # whether max_iter is the end, and no later call goes on
     verbose: bool = False
     name: str = "estimator"
@@ -121,7 +122,7 @@ def train(
     n, device = len(weight), weight.device
     n_batches = math.ceil(n / recipe.batch_size)
     parameters = [p for p in module.parameters() if p.requires_grad]
-    penalize(optimizer, recipe.alpha / float(weight.sum()))
+    penalize(optimizer, recipe.alpha / (recipe.total_weight or float(weight.sum())))
     best = None
     for epoch in range(recipe.max_iter):
         started = time.perf_counter()

@@ -101,8 +101,8 @@ class ODENetClassifier(ClassifierMixin, BaseODENet):
     alpha : float, default=0.3
         Strength of the L2 penalty on the weight matrices: ``alpha / 2`` times the sum
         of their squares is added to the sum of the losses of all rows, as in
-        `sklearn.linear_model.LogisticRegression`, with
-        ``C = 1 / alpha``.
+        `sklearn.linear_model.LogisticRegression`, with ``C = 1 / alpha``. All rows are
+        those of all calls, with ``partial_fit``.
     batch_size : int or "auto", default="auto"
         Rows of a minibatch; "auto" is an eighth of them, but from 32 to 200,
         or to 64 for images.
@@ -556,7 +556,8 @@ class ODENetRegressor(RegressorMixin, BaseODENet):
     alpha : float, default=0.3
         Strength of the L2 penalty on the weight matrices: ``alpha / 2`` times the sum
         of their squares is added to the sum of the losses of all rows, as in
-        `sklearn.linear_model.Ridge`.
+        `sklearn.linear_model.Ridge`. All rows are those of all calls, with
+        ``partial_fit``.
     batch_size : int or "auto", default="auto"
         Rows of a minibatch; "auto" is an eighth of them, but from 32 to 200,
         or to 64 for images.

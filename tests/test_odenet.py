@@ -122,6 +122,43 @@ def test_the_penalty_is_divided_by_the_weight_of_all_rows(moons):
     )
 
 
+def test_the_penalty_of_a_stream_is_that_of_all_its_rows(moons):
+    # rows in small portions weigh against the penalty as they do together
+    X, y = moons
+    whole = ODENetClassifier(alpha=1.0, random_state=0)
+    stream = ODENetClassifier(alpha=1.0, random_state=0)
+    for _ in range(5):
+        whole.partial_fit(X, y, classes=[0, 1])
+        for rows in np.split(np.arange(200), 4):
+            stream.partial_fit(X[rows], y[rows], classes=[0, 1])
+    decays = [
+        clf._optimizer_state["param_groups"][0]["weight_decay"]
+        for clf in (whole, stream)
+    ]
+    np.testing.assert_allclose(decays, 1.0 / 1000)
+
+
+def test_no_step_follows_a_gradient_longer_than_one(monkeypatch):
+    before, after = [], []
+    step = torch.optim.Adam.step
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def remember_clip(*args, **kwargs):
+        before.append(float(clip(*args, **kwargs)))
+
+    def remember_step(self, *args, **kwargs):
+        gradients = [p.grad for group in self.param_groups for p in group["params"]]
+        after.append(float(torch.cat([g.flatten() for g in gradients]).norm()))
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", remember_clip)
+    monkeypatch.setattr(torch.optim.Adam, "step", remember_step)
+    X, y = load_iris(return_X_y=True)
+    ODENetClassifier(max_iter=20, random_state=0).fit(X, y)
+    assert max(before) > 1.0 >= max(after) - 1e-9
+    np.testing.assert_allclose(np.minimum(before, 1.0), after, rtol=1e-5)
+
+
 def test_hidden_units_start_with_unit_gain():
     X = np.random.default_rng(0).normal(size=(50, 30))
     clf = ODENetClassifier(max_iter=1, learning_rate_init=1e-9, random_state=0)
