@@ -41,7 +41,9 @@ def test_section_3_of_the_paper_runs_on_files(monkeypatch, capsys, tmp_path, col
     )
     printed = capsys.readouterr().out
     assert "200 images to train on, 100 to test" in printed
-    table = dict(re.findall(r"^(\S+-?Net)  .*?([\d,]+)  +\d+ MB", printed, re.MULTILINE))
+    table = dict(
+        re.findall(r"^(\S+-?Net)  .*?([\d,]+)  +\d+ MB", printed, re.MULTILINE)
+    )
     assert set(table) == {"ResNet", "RK-Net", "ODE-Net"}
     assert table["RK-Net"] == table["ODE-Net"]
     tolerances = re.findall(r"^ +(1e-\d\d) ", printed, re.MULTILINE)
