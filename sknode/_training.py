@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 import warnings
@@ -13,7 +14,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor, nn
 
-__all__ = ["History", "Recipe", "make_optimizer", "train"]
+__all__ = ["Average", "History", "Recipe", "make_optimizer", "train"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,31 @@ class History:
     best_validation: float = -math.inf
     stale: int = 0  # epochs without progress
     anneal: int = 0  # epochs since progress ended, in which the learning rate falls
+
+
+class Average:
+    """A module whose weights are the exponential moving average of another one's.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        What it follows, copied.
+    decay : float
+        What remains of the past after an update; less in the first ones.
+    """
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.module = copy.deepcopy(module)
+        self.decay, self.n_updates = decay, 0
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Move towards the weights as they are now."""
+        self.n_updates += 1
+        decay = min(self.decay, self.n_updates / (self.n_updates + 9))
+        pairs = zip(self.module.parameters(), module.parameters(), strict=True)
+        mine, theirs = zip(*pairs, strict=True)
+        torch._foreach_lerp_(mine, theirs, 1 - decay)
 
 
 def make_optimizer(module: nn.Module, recipe: Recipe, state: dict | None = None):
@@ -77,6 +103,7 @@ def train(
     history: History,
     *,
     validate: Callable[[], float] | None = None,
+    average: Average | None = None,
     on_epoch: Callable[[int], bool] = lambda epoch: False,
 ) -> int:
     """Train a module; return the number of epochs.
@@ -106,6 +133,9 @@ def train(
         without, when the loss no longer does. Either way it ends with
         ``n_iter_no_change`` epochs in which the learning rate falls to zero: they take
         the noise of the minibatches out of the weights.
+    average : Average, optional
+        Follows the weights. It is then its module that ``validate`` looks at, and the
+        best average is what the trained module gets.
     on_epoch : callable
         Called with the epoch; returns True to stop.
     """
@@ -113,6 +143,7 @@ def train(
     weight_on_host = weight.cpu()  # to sum up without waiting for the device
     n_batches = math.ceil(n / recipe.batch_size)
     best = None
+    followed = module if average is None else average.module
     for epoch in range(recipe.max_iter):
         started = time.perf_counter()
         # A single batch stays in order: a weight of 2 is then the same as a row twice.
@@ -131,6 +162,8 @@ def train(
             (loss / total).backward()
             penalize(optimizer, recipe.alpha / total)
             optimizer.step()
+            if average is not None:
+                average.update(module)
             loss_sum = loss_sum + loss.detach()
             nfe_sum = nfe_sum + nfe.sum()
 
@@ -145,7 +178,7 @@ def train(
         if validate is not None:
             history.validation.append(validate())
             if history.validation[-1] >= max(history.validation):
-                best = [p.detach().clone() for p in module.parameters()]
+                best = [p.detach().clone() for p in followed.parameters()]
         report(recipe, history, time.perf_counter() - started)
         if on_epoch(epoch) or has_finished(recipe, history, validate is not None):
             break
@@ -160,6 +193,8 @@ def train(
                 ConvergenceWarning,
                 stacklevel=4,
             )
+    if best is None and average is not None:
+        best = list(followed.parameters())
     if best is not None:
         with torch.no_grad():
             for p, value in zip(module.parameters(), best, strict=True):
