@@ -57,7 +57,7 @@ class Start:
         return self.mixture.log_density(Z) + log_det
 
 
-def fit_start(X, weight, marginals, n_components, seed, names=None, start=None):
+def fit_start(X, weight, marginals, n_components, seed, start=None):
     """Fit maps and mixture to weighted rows.
 
     Parameters
@@ -72,8 +72,6 @@ def fit_start(X, weight, marginals, n_components, seed, names=None, start=None):
         Components of the mixture; 1 is the Gaussian of maximum likelihood.
     seed : int
         Draws where the mixtures begin.
-    names : sequence, optional
-        Of the columns, for messages.
     start : Start, optional
         Keep its maps and begin with its mixture.
     """
@@ -87,7 +85,7 @@ def fit_start(X, weight, marginals, n_components, seed, names=None, start=None):
         k = max(1, min(MARGINAL_COMPONENTS, len(X) // 20))
         warp = Marginals.fit(X, weight, k, rng)
         Z, _ = warp.forward(X)
-    whitening = Whitening.fit(Z, weight, names)
+    whitening = Whitening.fit(Z, weight)
     mixture = GaussianMixtureModel.standard_normal(X.shape[1])
     if n_components > 1:
         Z, _ = whitening.forward(Z)
@@ -95,7 +93,7 @@ def fit_start(X, weight, marginals, n_components, seed, names=None, start=None):
     return Start(warp, whitening, mixture)
 
 
-def choose_start(X, weight, folds, marginals, n_components, seed, names=None):
+def choose_start(X, weight, folds, marginals, n_components, seed):
     """Return what held-out rows choose: (marginals, n_components).
 
     Parameters
@@ -110,8 +108,6 @@ def choose_start(X, weight, folds, marginals, n_components, seed, names=None):
         Components of the mixture.
     seed : int
         Draws where the mixtures begin.
-    names : sequence, optional
-        Of the columns, for messages.
 
     Notes
     -----
@@ -122,7 +118,7 @@ def choose_start(X, weight, folds, marginals, n_components, seed, names=None):
     def evaluate(warp, k):
         parts = []
         for train, held_out in folds:
-            start = fit_start(X[train], weight[train], warp, k, seed, names)
+            start = fit_start(X[train], weight[train], warp, k, seed)
             parts.append(start.log_density(X[held_out]))
         return np.concatenate(parts)
 

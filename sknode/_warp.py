@@ -11,11 +11,12 @@ from scipy.special import log_ndtr, logsumexp, ndtri_exp
 
 from sknode._mixture import fit_mixture
 
-__all__ = ["Marginals", "Whitening", "find_constant", "kish"]
+__all__ = ["Marginals", "Whitening", "find_collinear", "find_constant", "kish"]
 
 LOG_ROOT_2PI = 0.5 * math.log(2 * math.pi)
-# Eigenvalues of a correlation matrix below this mean columns that determine each other.
-LEAST_EIGENVALUE = 1e-10
+# Eigenvalues of a correlation matrix below the first mean columns that determine each
+# other; they are raised to the second.
+COLLINEAR, FLOOR = 1e-10, 1e-6
 
 
 def kish(weight) -> float:
@@ -28,6 +29,15 @@ def find_constant(X, weight):
     mean = np.average(X, axis=0, weights=weight)
     scale = np.sqrt(np.average((X - mean) ** 2, axis=0, weights=weight))
     return ~(scale > 10 * np.finfo(X.dtype).eps * np.abs(mean))
+
+
+def find_collinear(X, weight):
+    """Return which columns are linear combinations of each other."""
+    z = X - np.average(X, axis=0, weights=weight)
+    share = weight / weight.sum()
+    z /= np.sqrt(share @ z**2)
+    values, vectors = np.linalg.eigh((z * share[:, None]).T @ z)
+    return (np.abs(vectors[:, values < COLLINEAR]) > 1e-3).any(1)
 
 
 @dataclass(frozen=True)
@@ -47,17 +57,14 @@ class Whitening:
     root: np.ndarray
 
     @classmethod
-    def fit(cls, X, weight, names=None):
+    def fit(cls, X, weight):
         """Learn the map from weighted rows.
 
         With fewer than twice as many rows as columns the correlations are shrunk
         towards zero by the oracle approximating rule of Chen, Wiesel, Eldar & Hero,
-        "Shrinkage algorithms for MMSE covariance estimation" (2010).
-
-        Raises
-        ------
-        ValueError
-            If columns are linear combinations of each other.
+        "Shrinkage algorithms for MMSE covariance estimation" (2010). Columns that are
+        linear combinations of each other are treated as if each of them had a little
+        noise of its own, 0.1 % of its scale.
         """
         mean = np.average(X, axis=0, weights=weight)
         scale = np.sqrt(np.average((X - mean) ** 2, axis=0, weights=weight))
@@ -70,15 +77,8 @@ class Whitening:
             share /= (n + 1 - 2 / d) * max(square - d, 1e-12)
             share = min(1.0, share)
             correlation = (1 - share) * correlation + share * np.eye(d)
-        values, vectors = np.linalg.eigh(correlation)
-        if values[0] < LEAST_EIGENVALUE:
-            involved = np.flatnonzero(np.abs(vectors[:, 0]) > 1e-3)
-            names = np.arange(d) if names is None else names
-            raise ValueError(
-                "X has columns that are linear combinations of each other, so that it "
-                "has no density: among "
-                f"{', '.join(str(names[i]) for i in involved)}. Drop one of them."
-            )
+        if np.linalg.eigvalsh(correlation)[0] < COLLINEAR:
+            correlation += FLOOR * np.eye(d)
         return cls(mean, scale, np.linalg.cholesky(correlation))
 
     def forward(self, X):

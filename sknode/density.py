@@ -45,7 +45,7 @@ from sknode._density_start import (
 )
 from sknode._mixture import GaussianMixtureModel
 from sknode._training import Average, History, make_optimizer, train
-from sknode._warp import Whitening, find_constant, kish
+from sknode._warp import Whitening, find_collinear, find_constant, kish
 from sknode.ode import SolverError, SolverWarning
 from sknode.ode.integrate import ROW_BLOCK
 
@@ -367,14 +367,22 @@ class CNFDensity(
                 "X has constant columns, which have no density: "
                 f"{self._name_columns(constant)}. Drop them."
             )
+        if len(X) > X.shape[1]:
+            collinear = find_collinear(X, weight)
+            if collinear.any():
+                warnings.warn(
+                    "X has columns that are linear combinations of each other, so that "
+                    f"it has no density: among {self._name_columns(collinear)}. Drop "
+                    "some of them. The density is that with a little noise.",
+                    UserWarning,
+                    stacklevel=3,
+                )
         # their sum is the number of rows that they amount to
         return X, weight * (kish(weight) / weight.sum())
 
-    def _names(self):
-        return getattr(self, "feature_names_in_", np.arange(self.n_features_in_))
-
     def _name_columns(self, mask):
-        return ", ".join(str(name) for name in self._names()[mask])
+        names = getattr(self, "feature_names_in_", np.arange(self.n_features_in_))
+        return ", ".join(str(name) for name in names[mask])
 
     def _warn_of_ties(self, X):
         """Warn about columns that look discrete."""
@@ -420,20 +428,18 @@ class CNFDensity(
                 if not find_constant(X[a], weight[a]).any()
             ]
             if folds:
-                marginals, k = choose_start(
-                    X, weight, folds, self.marginals, k, seed, self._names()
-                )
+                marginals, k = choose_start(X, weight, folds, self.marginals, k, seed)
             elif k == "auto":
                 k = 1
         rows = np.sort(train_rows)
-        return fit_start(X[rows], weight[rows], marginals, k, seed, self._names())
+        return fit_start(X[rows], weight[rows], marginals, k, seed)
 
     def _refit(self, start, X, weight, seed):
         """Fit maps and mixture to all rows, from where they are."""
         if len(start.mixture.weights) > 1:
             return fit_start(X, weight, None, None, seed, start=start)
         marginals = start.marginals is not None
-        return fit_start(X, weight, marginals, 1, seed, self._names())
+        return fit_start(X, weight, marginals, 1, seed)
 
     def _make_flow(self, mixture, network, dtype, device, seed, before=None):
         """Return a flow that starts as the mixture, or as it was before."""

@@ -26,6 +26,8 @@ ESTIMATORS = [
 pytestmark = [
     pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning"),
     pytest.mark.filterwarnings("ignore:y_pred contains classes:UserWarning"),
+    # they have iris, with few different values, and redundant columns
+    pytest.mark.filterwarnings("ignore:X has columns:UserWarning"),
 ]
 
 
