@@ -8,12 +8,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from sknode.fields import ConcatSquashField, MixtureField, PlanarField
+from sknode.fields import (
+    ConcatSquashField,
+    LogDensityField,
+    MixtureField,
+    PlanarField,
+)
 
 __all__ = [
+    "DYNAMICS",
     "DensityFlow",
+    "finish_loss",
     "flow_matching_loss",
-    "likelihood_loss",
+    "make_finish_grid",
     "make_grid",
     "reverse_loss",
 ]
@@ -22,15 +29,18 @@ DYNAMICS = ("mlp", "planar")
 
 
 class DensityFlow(nn.Module):
-    r"""Flow from N(0, I) at t = 0 to the density of whitened data at t = 1.
+    r"""Flow from N(0, I) at t = 0 by way of t = 1 to whitened data at t = 2.
 
-    The velocity is ``v + r``: that of a Gaussian mixture, whose path has a density
-    ``q_t`` in closed form, and a learned residual. Along the flow
+    Until t = 1 the velocity is ``v + r``: that of a Gaussian mixture, whose path has a
+    density ``q_t`` in closed form, and a learned residual. Along the flow
 
     ``d/dt (log p_t - log q_t) = -(div r + r . grad log q_t)``,
 
     and both densities are N(0, I) at t = 0, so that only this difference has to be
-    integrated: without residual the density is exact, with a small one nearly.
+    integrated: without residual the density at t = 1 is exact, with a small one nearly.
+    From then on another learned field, the finish, goes on. As the density that it
+    starts from is a closed form, or nearly, it can be trained by the likelihood at
+    little cost.
 
     Parameters
     ----------
@@ -38,30 +48,43 @@ class DensityFlow(nn.Module):
         Size of the state.
     n_components : int
         Components of the mixture.
-    dynamics : {"mlp", "planar"} or None
-        Kind of the residual field; None is none at all.
+    residual, finish : bool
+        Whether there are these two. Without finish the data are at t = 1.
+    dynamics : {"mlp", "planar"}
+        Kind of the learned fields.
     hidden_layer_sizes : tuple of int
-        Its layers; the sum of them is the number of planar units.
+        Their layers; the sum of them is the number of planar units.
     activation : str
-        Its activation.
+        Their activation.
     """
 
-    def __init__(self, dim, n_components, dynamics, hidden_layer_sizes, activation):
+    def __init__(
+        self,
+        dim,
+        n_components,
+        residual,
+        finish,
+        dynamics,
+        hidden_layer_sizes,
+        activation,
+    ):
         super().__init__()
         self.dim = dim
-        ones = torch.ones(n_components)
         self.mixture = MixtureField(
-            ones,
+            torch.ones(n_components),
             torch.zeros(n_components, dim),
-            torch.eye(dim).expand(len(ones), -1, -1),
+            torch.eye(dim).expand(n_components, -1, -1),
         )
-        self.residual = None
-        if dynamics == "mlp":
-            self.residual = ConcatSquashField(
+
+        def field():
+            if dynamics == "planar":
+                return PlanarField(dim, sum(hidden_layer_sizes), zero_init=True)
+            return ConcatSquashField(
                 dim, hidden_layer_sizes, activation, zero_init=True
             )
-        elif dynamics == "planar":
-            self.residual = PlanarField(dim, sum(hidden_layer_sizes), zero_init=True)
+
+        self.residual = field() if residual else None
+        self.finish = LogDensityField(field()) if finish else None
 
     def set_mixture(self, model) -> None:
         """Take over a fitted mixture."""
@@ -71,40 +94,55 @@ class DensityFlow(nn.Module):
         self.mixture = field.to(like.device, like.dtype)
 
     def velocity(self, t: Tensor, y: Tensor) -> Tensor:
-        """Return the slopes (n, dim)."""
+        """Return the slopes (n, dim) before t = 1."""
         slope = self.mixture(t, y)
         return slope if self.residual is None else slope + self.residual(t, y)
 
     def forward(self, t: Tensor, state: Tensor) -> Tensor:
-        """Return the slopes of states (n, dim + 1): y and ``log p_t - log q_t``."""
+        """Return the slopes of y and ``log p_t - log q_t`` before t = 1."""
         y = state[:, : self.dim]
         slope, score = self.mixture.with_score(t, y)
         r, divergence = self.residual.with_divergence(t, y)
         change = -(divergence + (r * score).sum(1))
         return torch.cat([slope + r, change[:, None]], 1)
 
-    def march(self, state: Tensor, grid: list[float]) -> Tensor:
-        """Integrate by the classical Runge-Kutta method on a grid of times."""
-        for start, end in itertools.pairwise(grid):
-            h = end - start
-            t0, middle, t1 = (
-                torch.tensor(t, dtype=state.dtype, device=state.device)
-                for t in (start, start + h / 2, end)
-            )
-            k1 = self(t0, state)
-            k2 = self(middle, state + h / 2 * k1)
-            k3 = self(middle, state + h / 2 * k2)
-            k4 = self(t1, state + h * k3)
-            state = state + h / 6 * (k1 + 2 * (k2 + k3) + k4)
-        return state
+    def log_mixture(self, y: Tensor) -> Tensor:
+        """Return the log-density (n,) of the mixture."""
+        return self.mixture.log_density(y.new_ones(()), y)
 
-    def log_density_on(self, x: Tensor, grid: list[float]) -> Tensor:
-        """Return the log-density (n,) by constant steps from t = 1 to 0."""
-        mixture = self.mixture.log_density(torch.ones((), device=x.device), x)
-        if self.residual is None:
-            return mixture
-        state = self.march(nn.functional.pad(x, (0, 1)), grid)
-        return mixture - state[:, -1]
+    def log_density_on(
+        self, x: Tensor, grid: list[float], finish_grid: list[float]
+    ) -> Tensor:
+        """Return the log-density (n,) by steps back from the data to t = 0."""
+        change = 0.0
+        if self.finish is not None:
+            x, change = self.undo_finish(x, finish_grid)
+        mixture = self.log_mixture(x)
+        if self.residual is not None:
+            state = march(self, nn.functional.pad(x, (0, 1)), grid)
+            change = change + state[:, -1]
+        return mixture - change
+
+    def undo_finish(self, x: Tensor, grid: list[float]) -> tuple[Tensor, Tensor]:
+        """Return rows at t = 1 and how much log-density they lose from there on."""
+        state = march(self.finish, nn.functional.pad(x, (0, 1)), grid)
+        return state[:, :-1], state[:, -1]
+
+
+def march(field, state: Tensor, grid: list[float]) -> Tensor:
+    """Integrate by the classical Runge-Kutta method on a grid of times."""
+    for start, end in itertools.pairwise(grid):
+        h = end - start
+        t0, middle, t1 = (
+            torch.tensor(t, dtype=state.dtype, device=state.device)
+            for t in (start, start + h / 2, end)
+        )
+        k1 = field(t0, state)
+        k2 = field(middle, state + h / 2 * k1)
+        k3 = field(middle, state + h / 2 * k2)
+        k4 = field(t1, state + h * k3)
+        state = state + h / 6 * (k1 + 2 * (k2 + k3) + k4)
+    return state
 
 
 def make_grid(n_steps: int, generator: torch.Generator | None = None) -> list[float]:
@@ -114,12 +152,21 @@ def make_grid(n_steps: int, generator: torch.Generator | None = None) -> list[fl
     of random length: a field that is trained on them cannot learn to exploit the error
     of any.
     """
+    return [1 - s * s for s in _make_cuts(n_steps, generator)]
+
+
+def make_finish_grid(
+    n_steps: int, generator: torch.Generator | None = None
+) -> list[float]:
+    """Return times from 2 to 1, evenly or, with a generator, of random length."""
+    return [2 - s for s in _make_cuts(n_steps, generator)]
+
+
+def _make_cuts(n_steps, generator):
     widths = torch.ones(n_steps, dtype=torch.float64)
     if generator is not None:
         widths = 0.5 + torch.rand(n_steps, generator=generator, dtype=torch.float64)
-    s = torch.cumsum(widths, 0) / widths.sum()
-    times = 1 - s * s
-    return [1.0, *times[:-1].tolist(), 0.0]
+    return [0.0, *(torch.cumsum(widths, 0) / widths.sum())[:-1].tolist(), 1.0]
 
 
 def flow_matching_loss(
@@ -138,7 +185,6 @@ def flow_matching_loss(
     """
     n, dim = x1.shape
     half = -(-n_draws // 2)
-    # a permutation of strata for every row would cost more than it gives
     strata = torch.arange(half)[:, None] + torch.rand(half, n, generator=generator)
     t = (strata / half).repeat(2, 1).reshape(-1, 1).to(x1)
     noise = torch.randn(half, n, dim, generator=generator)
@@ -151,11 +197,12 @@ def flow_matching_loss(
     return squares.view(2 * half, n).mean(0)
 
 
-def likelihood_loss(
+def finish_loss(
     flow: DensityFlow, x: Tensor, n_steps: int, generator: torch.Generator
 ) -> Tensor:
-    """Return minus the log-densities (n,), by a few steps of random length."""
-    return -flow.log_density_on(x, make_grid(n_steps, generator))
+    """Return minus the log-densities (n,) for a flow of mixture and finish."""
+    y, change = flow.undo_finish(x, make_finish_grid(n_steps, generator))
+    return change - flow.log_mixture(y)
 
 
 def reverse_loss(
@@ -170,9 +217,7 @@ def reverse_loss(
     Its mean over ``z ~ N(0, I)`` is the divergence of Kullback and Leibler from the
     flow to the density, up to the logarithm of what that integrates to.
     """
-    state = flow.march(
-        nn.functional.pad(z, (0, 1)), make_grid(n_steps, generator)[::-1]
-    )
+    grid = make_grid(n_steps, generator)[::-1]
+    state = march(flow, nn.functional.pad(z, (0, 1)), grid)
     x = state[:, :-1]
-    mixture = flow.mixture.log_density(torch.ones((), device=x.device), x)
-    return mixture + state[:, -1] - log_density(x)
+    return flow.log_mixture(x) + state[:, -1] - log_density(x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import replace
+from functools import partial
 from numbers import Integral
 from typing import ClassVar
 
@@ -16,7 +17,6 @@ from sklearn.base import (
     TransformerMixin,
     _fit_context,
 )
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import (
@@ -30,8 +30,9 @@ from sknode._base import SHARED_CONSTRAINTS, BaseODEEstimator
 from sknode._density_flow import (
     DYNAMICS,
     DensityFlow,
+    finish_loss,
     flow_matching_loss,
-    likelihood_loss,
+    make_finish_grid,
     make_grid,
     reverse_loss,
 )
@@ -57,14 +58,18 @@ CHUNK_ROWS, CHUNK_VALUES = 4096, 2**22
 LEAST_ROWS = 200
 # Held-out rows at which an epoch is judged; all of them judge the result.
 VALIDATION_ROWS = 1000
-# Steps of the likelihood in validation and in training.
+# Steps of the likelihood until t = 1, in validation and in training, and from then on.
 VALIDATION_STEPS, TRAINING_STEPS = 16, 8
+FINISH_VALIDATION_STEPS, FINISH_STEPS = 6, 3
 # Times and noises for a row in an epoch of flow matching.
 N_DRAWS = 8
-# What the moving average of the weights keeps in an update.
-AVERAGE_DECAY = 0.998
+# What the moving average of the weights keeps in an update: flow matching is noisier.
+MATCHING_DECAY, LIKELIHOOD_DECAY = 0.998, 0.99
 # Solves inside of training need not be more accurate than this.
 TRAINING_TOLERANCE = 1e-3
+# From the data back to where densities are known.
+FINISH_TIMES = torch.tensor([2.0, 1.0], dtype=torch.float64)
+TIMES = torch.tensor([1.0, 0.0], dtype=torch.float64)
 # Rows of an epoch of `fit_target`, all fresh.
 TARGET_ROWS = 2048
 # From so many rows on, a share of equal values in a column that is worth a warning.
@@ -94,9 +99,8 @@ class CNFDensity(
         of [1]_.
     objective : {"flow_matching", "likelihood"}, default="flow_matching"
         How the network is trained: by regression on the velocity of straight paths from
-        noise to rows, without any solve, and then by the likelihood for a few epochs;
-        or by the likelihood from the beginning, through the solver as in [1]_, which
-        takes far longer.
+        noise to rows, without any solve; or by the likelihood, through the solver as in
+        [1]_, which takes far longer.
     n_components : int or "auto", default="auto"
         Components of the mixture that the flow starts from, with full covariances.
         "auto" tries 1, 2, 4, ... up to 64 on held-out rows; 1 is the Gaussian of
@@ -105,8 +109,10 @@ class CNFDensity(
         Whether every column is first mapped to a normal distribution by itself, which
         helps where columns are skewed or have heavy tails. "auto" tries both on
         held-out rows.
-    polish : int, default=10
-        Largest number of epochs of maximum likelihood after flow matching; 0 is none.
+    refine : bool, default=True
+        Whether a second network is trained by maximum likelihood before the first one:
+        it continues the flow from the mixture, whose density needs no solve, to the
+        data, so that this costs little. Flow matching then has less to do.
     solver : {"dopri5", "tsit5", "bosh3", "dopri8", "heun", "rk4", "midpoint", \
             "euler", "adams", "rodas5p", "scipy_rk45", "scipy_rk23", "scipy_dop853", \
             "scipy_radau", "scipy_bdf", "scipy_lsoda"}, default="dopri5"
@@ -172,8 +178,8 @@ class CNFDensity(
         Training loss of the last epoch; None if there was none.
     loss_curve_ : list of float
         Training loss, an entry an epoch: the mean square of what the network misses of
-        a velocity, most of which is noise; minus the log-likelihood of whitened rows
-        in epochs of maximum likelihood.
+        a velocity, most of which is noise. The epochs of ``refine`` come first; theirs
+        is minus the mean log-density of whitened rows.
     validation_scores_ : list of float or None
         Mean log-density of held-out rows in the units of X, an entry an epoch; None
         without.
@@ -230,7 +236,7 @@ class CNFDensity(
             Interval(Integral, 1, None, closed="left"),
         ],
         "marginals": ["boolean", StrOptions({"auto"})],
-        "polish": [Interval(Integral, 0, None, closed="left")],
+        "refine": ["boolean"],
     }
 
     def __init__(
@@ -242,7 +248,7 @@ class CNFDensity(
         objective="flow_matching",
         n_components="auto",
         marginals="auto",
-        polish=10,
+        refine=True,
         solver="dopri5",
         rtol=1e-6,
         atol=1e-6,
@@ -270,7 +276,7 @@ class CNFDensity(
         self.objective = objective
         self.n_components = n_components
         self.marginals = marginals
-        self.polish = polish
+        self.refine = refine
         self.solver = solver
         self.rtol = rtol
         self.atol = atol
@@ -323,21 +329,19 @@ class CNFDensity(
             start = self._start
         else:
             start = self._choose(X, weight, train_rows, held_out, seed)
-        network = len(train_rows) < len(X) or not self.early_stopping
         before = self.module_ if going_on else None
-        module = self._make_flow(start.mixture, network, dtype, device, seed, before)
-        history, accepted = History(), False
+        history = History()
         context = self._init_callback_context(max_subtasks=self.max_iter)
         context.call_on_fit_task_begin(estimator=self, X=X, y=None)
-        if network:
-            accepted = self._train(
-                module, start, X, weight, train_rows, held_out, history, seed
-            )
-        if not accepted:
-            if len(train_rows) < len(X) and not going_on:
-                # the rows that were held out have done their work
-                start = self._refit(start, X, weight, seed)
-            module = self._make_flow(start.mixture, False, dtype, device, seed)
+        module = self._make_flow(start.mixture, False, False, dtype, device, seed)
+        if len(held_out) or not self.early_stopping:
+            rows = (train_rows, held_out)
+            module = self._train(module, start, X, weight, rows, history, seed, before)
+        alone = module.residual is None and module.finish is None
+        if alone and len(held_out) and not going_on:
+            # the rows that were held out have done their work
+            start = self._refit(start, X, weight, seed)
+            module.set_mixture(start.mixture)
         self._keep(module, start, history)
         context.call_on_fit_task_end(
             estimator=self, X=X, y=None, reconstruction_attributes={}
@@ -441,19 +445,19 @@ class CNFDensity(
         marginals = start.marginals is not None
         return fit_start(X, weight, marginals, 1, seed)
 
-    def _make_flow(self, mixture, network, dtype, device, seed, before=None):
-        """Return a flow that starts as the mixture, or as it was before."""
+    def _make_flow(self, mixture, residual, finish, dtype, device, seed):
+        """Return a flow that starts as the mixture."""
         self._module_config = {
             "dim": mixture.means.shape[1],
             "n_components": len(mixture.weights),
-            "dynamics": self.dynamics if network else None,
+            "residual": residual,
+            "finish": finish,
+            "dynamics": self.dynamics,
             "hidden_layer_sizes": self._hidden_layer_sizes(),
             "activation": self.activation,
         }
         module = self._new_module(self._module_config, dtype, device, seed)
         module.set_mixture(mixture)
-        if network and before is not None and before.residual is not None:
-            module.residual.load_state_dict(before.residual.state_dict())
         return module
 
     def _make_module(self, **config):
@@ -461,36 +465,63 @@ class CNFDensity(
 
     # --- training ---------------------------------------------------------------------
 
-    def _train(self, module, start, X, weight, train_rows, held_out, history, seed):
-        """Train the network; return whether to keep it."""
-        device = next(module.parameters()).device
+    def _train(self, module, start, X, weight, rows, history, seed, before):
+        """Train the networks, one after the other; return the flow with the good ones.
+
+        Each of them is trained in single precision, on the rows as they are at its end
+        of the flow.
+        """
+        like = module.mixture.axes
         Z, log_det = start.forward(X)
-        Z = torch.from_numpy(Z).to(device, torch.float32)
-        weight = torch.from_numpy(weight).to(device, torch.float32)
-        flow = copy.deepcopy(module).float().train()
+        Z = torch.from_numpy(Z).to(like.device, torch.float32)
+        weight = torch.from_numpy(weight).to(like.device, torch.float32)
+        log_det = torch.from_numpy(log_det)
+        data = [tuple(x[part] for x in (Z, weight, log_det)) for part in rows]
         generator = torch.Generator().manual_seed(seed)
-        data = (Z[train_rows], weight[train_rows])
-        validation = (Z[held_out], weight[held_out], log_det[held_out])
-        recipe = self._recipe(len(train_rows), self.max_iter)
+
+        def make(residual, finish, dtype=torch.float32):
+            args = (start.mixture, residual, finish, dtype, like.device, seed)
+            return self._make_flow(*args)
+
+        finish = residual = None
+        if self.refine:
+            flow = make(False, True)
+            if before is not None and before.finish is not None:
+                flow.finish.load_state_dict(before.finish.state_dict())
+            if self._train_finish(flow, data, history, generator):
+                finish = flow.finish
+                data = [_undo_finish(flow, part) for part in data]
+        flow = make(True, False)
+        if before is not None and before.residual is not None:
+            flow.residual.load_state_dict(before.residual.state_dict())
+        if self._train_residual(flow, data, history, generator):
+            residual = flow.residual
+        module = make(residual is not None, finish is not None, like.dtype)
+        for mine, trained in ((module.finish, finish), (module.residual, residual)):
+            if trained is not None:
+                mine.load_state_dict(trained.state_dict())
+        return module
+
+    def _train_finish(self, flow, data, history, generator):
+        """Train what is next to the data by its likelihood."""
+
+        def loss(rows):
+            losses = finish_loss(flow, rows, FINISH_STEPS, generator)
+            return losses, torch.full_like(losses, 4 * FINISH_STEPS)
+
+        return self._run(flow, data, loss, history, generator, LIKELIHOOD_DECAY)
+
+    def _train_residual(self, flow, data, history, generator):
+        """Train what is added to the velocity of the mixture, by the objective."""
         if self.objective == "likelihood":
             loss = self._likelihood_through_the_solver(flow)
-        else:
+            return self._run(flow, data, loss, history, generator, LIKELIHOOD_DECAY)
 
-            def loss(rows):
-                losses = flow_matching_loss(flow, rows, N_DRAWS, generator)
-                return losses, torch.full_like(losses, N_DRAWS)
+        def loss(rows):
+            losses = flow_matching_loss(flow, rows, N_DRAWS, generator)
+            return losses, torch.full_like(losses, N_DRAWS)
 
-        before = _held_out_log_density(flow, validation)
-        self._run(flow, data, validation, loss, recipe, history, generator)
-        if self.objective == "flow_matching" and self.polish:
-            self._polish(flow, data, validation, recipe, history, generator)
-        module.residual.load_state_dict(flow.residual.state_dict())
-        module.eval()
-        if not len(held_out):
-            return True
-        after = _held_out_log_density(flow, validation)
-        weight = validation[1].cpu().numpy()
-        return is_better(after, before, weight)
+        return self._run(flow, data, loss, history, generator, MATCHING_DECAY)
 
     def _likelihood_through_the_solver(self, flow):
         """Return the objective that simulates and differentiates."""
@@ -500,71 +531,56 @@ class CNFDensity(
             rtol=max(settings.rtol, TRAINING_TOLERANCE),
             atol=max(settings.atol, TRAINING_TOLERANCE),
         )
-        times = torch.tensor([1.0, 0.0], dtype=torch.float64)
 
         def loss(rows):
             state = nn.functional.pad(rows, (0, 1))
-            solution = settings.solve(flow, state, times)
+            solution = settings.solve(flow, state, TIMES)
             if not solution.success:
                 raise SolverError(solution.failure_report())
-            mixture = flow.mixture.log_density(torch.ones((), device=rows.device), rows)
-            return solution.y[:, -1, -1] - mixture, solution.stats["n_f_evals"]
+            losses = solution.y[:, -1, -1] - flow.log_mixture(rows)
+            return losses, solution.stats["n_f_evals"]
 
         return loss
 
-    def _run(self, flow, data, validation, loss, recipe, history, generator):
-        """Run the training loop; the flow gets the best average of its weights."""
-        average = Average(flow, AVERAGE_DECAY)
-        validate = None
-        if len(validation[0]):
-            few = tuple(x[:VALIDATION_ROWS] for x in validation)
-            weight = few[1].cpu().numpy()
+    def _run(self, flow, data, loss, history, generator, decay):
+        """Train the flow, which gets the best average of its weights.
+
+        Returns whether that is better than it was, as far as held-out rows can tell.
+        """
+        (rows, weight, _), held_out = data
+        recipe = self._recipe(len(rows), self.max_iter)
+        average, validate, current = Average(flow, decay), None, History()
+        if len(held_out[0]):
+            few = tuple(x[:VALIDATION_ROWS] for x in held_out)
+            shares = few[1].cpu().numpy()
 
             def validate():
                 logs = _held_out_log_density(average.module, few)
-                return float(np.average(logs, weights=weight))
+                return float(np.average(logs, weights=shares))
 
+            before = _held_out_log_density(flow, held_out)
         try:
             train(
                 flow,
-                data[:1],
-                data[1],
+                (rows,),
+                weight,
                 loss,
                 make_optimizer(flow, recipe),
                 recipe,
                 generator,
-                history,
+                current,
                 validate=validate,
                 average=average,
             )
         except KeyboardInterrupt:
             warnings.warn("Training interrupted by user.", stacklevel=5)
-
-    def _polish(self, flow, data, validation, recipe, history, generator):
-        """Go on by the likelihood itself; keep that if held-out rows like it better."""
-
-        def loss(rows):
-            losses = likelihood_loss(flow, rows, TRAINING_STEPS, generator)
-            return losses, torch.full_like(losses, 4 * TRAINING_STEPS)
-
-        before = copy.deepcopy(flow.state_dict())
-        further = History()
-        recipe = replace(
-            recipe,
-            max_iter=int(self.polish),
-            learning_rate=0.3 * recipe.learning_rate,
-            n_iter_no_change=min(2, recipe.n_iter_no_change),
-        )
-        with warnings.catch_warnings():
-            # it is meant to be short
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            self._run(flow, data, validation, loss, recipe, further, generator)
-        if further.validation and history.validation:
-            if max(further.validation) <= max(history.validation):
-                flow.load_state_dict(before)
-        history.loss += further.loss
-        history.nfe += further.nfe
-        history.validation += further.validation
+        history.loss += current.loss
+        history.nfe += current.nfe
+        history.validation += current.validation
+        if validate is None:
+            return True
+        after = _held_out_log_density(flow, held_out)
+        return is_better(after, before, held_out[1].cpu().numpy())
 
     def _keep(self, module, start, history):
         """Set the fitted attributes."""
@@ -616,7 +632,7 @@ class CNFDensity(
         mixture = GaussianMixtureModel.standard_normal(self.n_features_in_)
         zero, one = np.zeros(n_features), np.ones(n_features)
         start = Start(None, Whitening(zero, one, np.eye(n_features)), mixture)
-        module = self._make_flow(mixture, True, dtype, device, seed)
+        module = self._make_flow(mixture, True, False, dtype, device, seed)
         flow = copy.deepcopy(module).float().train()
         generator = torch.Generator().manual_seed(seed)
 
@@ -626,11 +642,10 @@ class CNFDensity(
             return losses, torch.full_like(losses, 4 * TRAINING_STEPS)
 
         rows = torch.zeros(TARGET_ROWS, n_features, device=device)
-        nothing = (rows[:0], rows[:0, 0], np.empty(0))
+        weight = torch.ones_like(rows[:, 0])
+        data = ((rows, weight, None), (rows[:0], weight[:0], None))
         history = History()
-        recipe = self._recipe(TARGET_ROWS, self.max_iter)
-        data = (rows, torch.ones_like(rows[:, 0]))
-        self._run(flow, data, nothing, loss, recipe, history, generator)
+        self._run(flow, data, loss, history, generator, LIKELIHOOD_DECAY)
         module.residual.load_state_dict(flow.residual.state_dict())
         self._keep(module, start, history)
         return self
@@ -718,7 +733,7 @@ class CNFDensity(
         check_is_fitted(self)
         X = self._validate(X)
         Z, _ = self._start.forward(X.astype(np.float64, copy=False))
-        return self._by_blocks(Z, lambda m, z, s: self._flow(m, z, s, 1.0, 0.0))
+        return self._by_blocks(Z, partial(self._carry, forwards=False))
 
     def inverse_transform(self, Z):
         """Carry rows back from the standard normal distribution.
@@ -743,23 +758,36 @@ class CNFDensity(
         return self._inverse(Z)
 
     def _inverse(self, Z):
-        carried = self._by_blocks(Z, lambda m, z, s: self._flow(m, z, s, 0.0, 1.0))
+        carried = self._by_blocks(Z, partial(self._carry, forwards=True))
         rows = self._start.inverse(carried.astype(np.float64, copy=False))
         return rows.astype(carried.dtype, copy=False)
 
-    def _flow(self, module, z, settings, start, end):
-        """Return where rows are after the flow, and which failed."""
-        times = torch.tensor([start, end], dtype=torch.float64)
-        solution = settings.solve(module.velocity, z, times)
-        return solution.y[:, -1], solution
+    def _carry(self, module, z, settings, forwards):
+        """Return where rows get to, and the solutions on the way."""
+        legs = [(module.velocity, 0.0, 1.0)]
+        if module.finish is not None:
+            legs.append((module.finish.field, 1.0, 2.0))
+        solutions = []
+        for field, start, end in legs if forwards else legs[::-1]:
+            times = [start, end] if forwards else [end, start]
+            solutions.append(settings.solve(field, z, torch.tensor(times)))
+            z = solutions[-1].y[:, -1]
+        return z, solutions
 
     def _log_density_of_block(self, module, z, settings):
-        mixture = module.mixture.log_density(torch.ones((), device=z.device), z)
-        if module.residual is None:
-            return mixture, None
-        times = torch.tensor([1.0, 0.0], dtype=torch.float64)
-        solution = settings.solve(module, nn.functional.pad(z, (0, 1)), times)
-        return mixture - solution.y[:, -1, -1], solution
+        """Return log-densities of whitened rows, and the solutions on the way."""
+        change, solutions = 0.0, []
+        if module.finish is not None:
+            state = nn.functional.pad(z, (0, 1))
+            solutions.append(settings.solve(module.finish, state, FINISH_TIMES))
+            z, change = solutions[-1].y[:, -1].split([module.dim, 1], 1)
+            change = change[:, 0]
+        mixture = module.log_mixture(z)
+        if module.residual is not None:
+            state = nn.functional.pad(z, (0, 1))
+            solutions.append(settings.solve(module, state, TIMES))
+            change = change + solutions[-1].y[:, -1, -1]
+        return mixture - change, solutions
 
     def _by_blocks(self, Z, compute):
         """Return results for rows, in blocks that are filled up to what solvers like.
@@ -778,9 +806,10 @@ class CNFDensity(
                 n, missing = len(rows), -len(rows) % ROW_BLOCK
                 rows = np.concatenate([rows, rows[-1:].repeat(missing, axis=0)])
                 block = torch.from_numpy(rows).to(like.device, like.dtype)
-                result, solution = compute(module, block, settings)
-                if solution is not None and solution.status[:n].any():
-                    failures.append(solution.failure_report())
+                result, solutions = compute(module, block, settings)
+                failures += [
+                    s.failure_report() for s in solutions if s.status[:n].any()
+                ]
                 results.append(result[:n].cpu().numpy())
         if failures:
             warnings.warn(
@@ -807,12 +836,22 @@ class CNFDensity(
         return tags
 
 
-def _held_out_log_density(flow, validation):
+def _held_out_log_density(flow, data):
     """Return the log-density of held-out rows in the units of X."""
-    z, _, log_det = validation
-    if not len(z):
-        return np.empty(0)
-    grid = make_grid(VALIDATION_STEPS)
+    z, _, log_det = data
+    grids = make_grid(VALIDATION_STEPS), make_finish_grid(FINISH_VALIDATION_STEPS)
     with torch.no_grad():
-        parts = [flow.log_density_on(x, grid) for x in z.split(CHUNK_ROWS)]
-    return torch.cat(parts).cpu().numpy().astype(np.float64) + log_det
+        parts = [flow.log_density_on(x, *grids) for x in z.split(CHUNK_ROWS)]
+    return (torch.cat(parts).cpu().double() + log_det).numpy()
+
+
+def _undo_finish(flow, data):
+    """Return rows, weights and log-determinants at t = 1."""
+    z, weight, log_det = data
+    if not len(z):
+        return data
+    grid = make_finish_grid(FINISH_VALIDATION_STEPS)
+    with torch.no_grad():
+        parts = [flow.undo_finish(x, grid) for x in z.split(CHUNK_ROWS)]
+    rows, changes = (torch.cat(x) for x in zip(*parts, strict=True))
+    return rows, weight, log_det - changes.cpu().double()
