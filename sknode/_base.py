@@ -94,9 +94,11 @@ class BaseODEEstimator(CallbackSupportMixin, BaseEstimator):
             return torch.float32
         return torch.float64
 
-    def _solver_settings(self, dtype: torch.dtype) -> SolverSettings:
-        """Collect the solver parameters as they are now."""
-        rtol, least = self.rtol, 4 * torch.finfo(dtype).eps
+    def _solver_settings(self, dtype: torch.dtype, floor: float = 0) -> SolverSettings:
+        """Collect the solver parameters as they are now, with tolerances that are at
+        least ``floor``.
+        """
+        rtol, least = max(self.rtol, floor), 4 * torch.finfo(dtype).eps
         if rtol < least:
             warnings.warn(
                 f"rtol={rtol:g} is below what {dtype} can carry; using {least:.2g}. "
@@ -109,7 +111,7 @@ class BaseODEEstimator(CallbackSupportMixin, BaseEstimator):
         return SolverSettings(
             method=self.solver,
             rtol=float(rtol),
-            atol=float(self.atol),
+            atol=float(max(self.atol, floor)),
             max_steps=int(self.max_steps),
             gradient=self.gradient,
             step_size=None if adaptive else float(self.step_size),

@@ -82,7 +82,7 @@ def fit_start(X, weight, marginals, n_components, seed, start=None):
         return Start(start.marginals, start.whitening, mixture)
     warp, Z = None, X
     if marginals:
-        k = max(1, min(MARGINAL_COMPONENTS, len(X) // 20))
+        k = max(1, min(MARGINAL_COMPONENTS, len(X) // 100))
         warp = Marginals.fit(X, weight, k, rng)
         Z, _ = warp.forward(X)
     whitening = Whitening.fit(Z, weight)
@@ -150,6 +150,10 @@ def choose_start(X, weight, folds, marginals, n_components, seed):
 def is_better(one, other, weight) -> bool:
     """Return whether held-out log-densities are better by more than chance."""
     gain = one - other
+    if np.average(gain, weights=weight) <= 0:
+        return False
+    # a few huge gains, as on rows far out, say less about chance than about the scale
+    gain = np.clip(gain, *np.quantile(gain, [0.02, 0.98]))
     mean = np.average(gain, weights=weight)
     variance = np.average((gain - mean) ** 2, weights=weight)
     error = np.sqrt(variance * (weight**2).sum()) / weight.sum()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from scipy.linalg import solve_triangular
@@ -81,12 +82,18 @@ class Whitening:
             correlation += FLOOR * np.eye(d)
         return cls(mean, scale, np.linalg.cholesky(correlation))
 
+    @cached_property
+    def inverse_root(self):
+        """Inverse of the root."""
+        return solve_triangular(self.root, np.eye(len(self.root)), lower=True)
+
     def forward(self, X):
         """Return whitened rows and the log-determinant of the map, (n,)."""
-        z = ((X - self.mean) / self.scale).T
-        z = solve_triangular(self.root, z, lower=True, check_finite=False).T
+        z = (X - self.mean) / self.scale
+        # not a product of matrices, whose rounding depends on the number of rows
+        z = np.einsum("nj,ij->ni", z, self.inverse_root)
         log_det = -np.log(np.diag(self.root)).sum() - np.log(self.scale).sum()
-        return np.ascontiguousarray(z), np.full(len(X), log_det)
+        return z, np.full(len(X), log_det)
 
     def inverse(self, Z):
         """Return rows in the original units."""

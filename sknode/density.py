@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from dataclasses import replace
 from functools import partial
 from numbers import Integral
 from typing import ClassVar
@@ -70,6 +69,8 @@ TRAINING_TOLERANCE = 1e-3
 # From the data back to where densities are known.
 FINISH_TIMES = torch.tensor([2.0, 1.0], dtype=torch.float64)
 TIMES = torch.tensor([1.0, 0.0], dtype=torch.float64)
+# In single precision there is no use in asking for more.
+SINGLE_TOLERANCE = 1e-5
 # Rows of an epoch of `fit_target`, all fresh.
 TARGET_ROWS = 2048
 # From so many rows on, a share of equal values in a column that is worth a warning.
@@ -118,8 +119,9 @@ class CNFDensity(
             "scipy_radau", "scipy_bdf", "scipy_lsoda"}, default="dopri5"
         ODE solver, as in `sknode.ode.solve_ode`. "rk4", "midpoint" and "euler" take
         constant steps of length ``step_size``, the others adapt them to the tolerance.
-    rtol, atol : float, default=1e-6
-        Relative and absolute tolerance of the solver. Read again by every method:
+    rtol, atol : float, default=1e-7
+        Relative and absolute tolerance of the solver, at least 1e-5 in single
+        precision. Read again by every method:
         ``density.set_params(rtol=1e-9).score_samples(X)`` solves more accurately with
         the same weights.
     max_steps : int, default=1000
@@ -155,8 +157,8 @@ class CNFDensity(
     device : str, default="cpu"
         Torch device; "auto" is an accelerator if there is one.
     dtype : {"auto", "float32", "float64"}, default="auto"
-        Precision of the results. "auto" is that of X, and float32 on an accelerator.
-        Training is always in single precision.
+        Precision of the solves. "auto" is float64 on the CPU and float32 on an
+        accelerator. Training is always in single precision; results have that of X.
     verbose : bool, default=False
         Whether to print a line an epoch.
     random_state : int, RandomState instance or None, default=None
@@ -250,8 +252,8 @@ class CNFDensity(
         marginals="auto",
         refine=True,
         solver="dopri5",
-        rtol=1e-6,
-        atol=1e-6,
+        rtol=1e-7,
+        atol=1e-7,
         max_steps=1000,
         step_size=0.02,
         gradient="discrete",
@@ -348,14 +350,18 @@ class CNFDensity(
         )
         return self
 
+    def _dtype(self, X, device):
+        """Resolve the dtype parameter: double precision on the CPU."""
+        if self.dtype == "auto" and device.type == "cpu":
+            return torch.float64
+        return super()._dtype(X, device)
+
     def _merge(self, X, sample_weight):
         """Return different rows in sorted order, and their weights."""
         weight = _check_sample_weight(
             sample_weight, X, dtype=np.float64, ensure_non_negative=True
         )
         kept = weight > 0
-        if not kept.any():
-            raise ValueError("sample_weight must have at least one positive weight.")
         X, weight = X[kept], weight[kept]
         self._warn_of_ties(X)
         X, group = np.unique(X, axis=0, return_inverse=True)
@@ -525,12 +531,7 @@ class CNFDensity(
 
     def _likelihood_through_the_solver(self, flow):
         """Return the objective that simulates and differentiates."""
-        settings = self._solver_settings(torch.float32)
-        settings = replace(
-            settings,
-            rtol=max(settings.rtol, TRAINING_TOLERANCE),
-            atol=max(settings.atol, TRAINING_TOLERANCE),
-        )
+        settings = self._solver_settings(torch.float32, TRAINING_TOLERANCE)
 
         def loss(rows):
             state = nn.functional.pad(rows, (0, 1))
@@ -669,7 +670,7 @@ class CNFDensity(
         X = self._validate(X)
         Z, log_det = self._start.forward(X.astype(np.float64, copy=False))
         logs = self._by_blocks(Z, self._log_density_of_block)
-        return (logs + log_det.astype(logs.dtype)).astype(logs.dtype)
+        return (logs + log_det).astype(X.dtype)
 
     def score(self, X, y=None, sample_weight=None):
         """Return the mean log-density of rows.
@@ -733,7 +734,8 @@ class CNFDensity(
         check_is_fitted(self)
         X = self._validate(X)
         Z, _ = self._start.forward(X.astype(np.float64, copy=False))
-        return self._by_blocks(Z, partial(self._carry, forwards=False))
+        Z = self._by_blocks(Z, partial(self._carry, forwards=False))
+        return Z.astype(X.dtype, copy=False)
 
     def inverse_transform(self, Z):
         """Carry rows back from the standard normal distribution.
@@ -760,7 +762,7 @@ class CNFDensity(
     def _inverse(self, Z):
         carried = self._by_blocks(Z, partial(self._carry, forwards=True))
         rows = self._start.inverse(carried.astype(np.float64, copy=False))
-        return rows.astype(carried.dtype, copy=False)
+        return rows.astype(Z.dtype, copy=False)
 
     def _carry(self, module, z, settings, forwards):
         """Return where rows get to, and the solutions on the way."""
@@ -796,7 +798,8 @@ class CNFDensity(
         """
         module = self._module_for_prediction()
         like = module.mixture.axes
-        settings = self._solver_settings(like.dtype)
+        single = like.dtype == torch.float32
+        settings = self._solver_settings(like.dtype, SINGLE_TOLERANCE if single else 0)
         rows_each = min(CHUNK_ROWS, CHUNK_VALUES // module.mixture.variances.numel())
         rows_each = max(1, rows_each // ROW_BLOCK) * ROW_BLOCK
         results, failures = [], []
