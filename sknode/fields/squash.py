@@ -14,6 +14,8 @@ from sknode.fields.activations import get_activation, value_and_slope
 
 __all__ = ["ConcatSquashField", "time_features"]
 
+BLOCK = 16
+
 
 class ConcatSquashField(nn.Module):
     r"""Vector field by a perceptron with gates and biases that depend on time.
@@ -97,7 +99,11 @@ class ConcatSquashField(nn.Module):
         self.last = nn.Linear(sizes[-1], dim, bias=False)
         # a gate and a bias for every hidden unit, a bias for every slope
         n_inputs = 1 + 2 * n_frequencies + condition_dim
-        self.modulation = nn.Linear(n_inputs, 2 * sum(sizes) + dim)
+        n_outputs = 2 * sum(sizes) + dim
+        # Products of matrices treat the last columns, short of a full block, in ways
+        # that depend on the number of rows. Full blocks make a row's slope independent
+        # of how many others there are, to the bit; the outputs beyond are not used.
+        self.modulation = nn.Linear(n_inputs, -(-n_outputs // BLOCK) * BLOCK)
         self._initialise(zero_init)
 
     @torch.no_grad()
@@ -109,11 +115,12 @@ class ConcatSquashField(nn.Module):
         self.modulation.weight.mul_(0.1)
         bias = self.modulation.bias
         bias.uniform_(-1.0, 1.0)
-        bias[: sum(self.widths)] = 1.0
+        n_hidden = sum(self.widths)
+        bias[:n_hidden] = 1.0
         if zero_init:
             self.last.weight.zero_()
-            self.modulation.weight[-self.dim :] = 0.0
-            bias[-self.dim :] = 0.0
+            self.modulation.weight[2 * n_hidden :] = 0.0
+            bias[2 * n_hidden :] = 0.0
 
     def extra_repr(self) -> str:
         """Describe the field in its repr."""
@@ -131,9 +138,9 @@ class ConcatSquashField(nn.Module):
         if condition is not None:
             features = features.expand(len(y), -1)
             features = torch.cat([features, condition], -1)
-        gates, biases, last = self.modulation(features).split(
-            [sum(self.widths), sum(self.widths), self.dim], -1
-        )
+        n_hidden, modulation = sum(self.widths), self.modulation(features)
+        gates, biases = modulation[:, : 2 * n_hidden].split(n_hidden, -1)
+        last = modulation[:, 2 * n_hidden : 2 * n_hidden + self.dim]
         return gates.split(self.widths, -1), biases.split(self.widths, -1), last
 
     def forward(self, t: Tensor, y: Tensor, condition: Tensor | None = None) -> Tensor:
