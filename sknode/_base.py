@@ -129,12 +129,12 @@ class BaseODEEstimator(CallbackSupportMixin, BaseEstimator):
             )
         return tuple(int(s) for s in sizes)
 
-    def _recipe(self, n_samples: int, max_iter: int) -> Recipe:
-        """Collect the learning parameters."""
+    def _recipe(self, n_samples: int, max_iter: int, n_updates: int = 8) -> Recipe:
+        """Collect the learning parameters; "auto" makes ``n_updates`` an epoch."""
         batch_size = self.batch_size
         if batch_size == "auto":
-            # at least eight updates an epoch, but no batches of a few rows
-            batch_size = min(200, max(32, -(-n_samples // 8)), n_samples)
+            # at least that many updates an epoch, but no batches of a few rows
+            batch_size = min(200, max(32, -(-n_samples // n_updates)), n_samples)
         elif batch_size > n_samples:
             warnings.warn(
                 f"batch_size={batch_size} is larger than the number of samples; using "
