@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,6 @@ __all__ = [
     "flow_matching_loss",
     "make_finish_grid",
     "make_grid",
-    "reverse_loss",
 ]
 
 DYNAMICS = ("mlp", "planar")
@@ -203,21 +201,3 @@ def finish_loss(
     """Return minus the log-densities (n,) for a flow of mixture and finish."""
     y, change = flow.undo_finish(x, make_finish_grid(n_steps, generator))
     return change - flow.log_mixture(y)
-
-
-def reverse_loss(
-    flow: DensityFlow,
-    log_density: Callable[[Tensor], Tensor],
-    z: Tensor,
-    n_steps: int,
-    generator: torch.Generator,
-) -> Tensor:
-    """Return ``log p(x) - log_density(x)`` (n,) where the flow carries rows z.
-
-    Its mean over ``z ~ N(0, I)`` is the divergence of Kullback and Leibler from the
-    flow to the density, up to the logarithm of what that integrates to.
-    """
-    grid = make_grid(n_steps, generator)[::-1]
-    state = march(flow, nn.functional.pad(z, (0, 1)), grid)
-    x = state[:, :-1]
-    return flow.log_mixture(x) + state[:, -1] - log_density(x)

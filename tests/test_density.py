@@ -100,8 +100,8 @@ def test_a_mixture_of_gaussians_is_found():
 
 
 def test_a_network_is_kept_where_a_gaussian_is_wrong():
-    X, _ = make_density("circles", 800, noise=0.2, random_state=0)
-    test, _ = make_density("circles", 800, noise=0.2, random_state=1)
+    X, _ = make_density("circles", 1500, noise=0.15, random_state=0)
+    test, _ = make_density("circles", 800, noise=0.15, random_state=1)
     gaussian = CNFDensity(n_components=1, marginals=False, max_iter=1).fit(X)
     density = CNFDensity(n_components=1, marginals=False, random_state=0).fit(X)
     assert density.module_.residual or density.module_.finish
@@ -273,7 +273,9 @@ def test_fit_target_finds_a_known_density():
         # a banana: y is normal about x^2 / 2
         return -0.5 * (x[:, 0] ** 2 + (x[:, 1] - x[:, 0] ** 2 / 2) ** 2 / 0.25) + 3.0
 
-    density = CNFDensity((32, 32), max_iter=25, random_state=0).fit_target(target, 2)
+    density = CNFDensity(
+        (16, 16), max_iter=6, learning_rate_init=0.01, random_state=0
+    ).fit_target(target, 2)
     X = density.sample(2000, random_state=0)
     # what it integrates to is known: 2 pi * 0.5 * e^3
     exact = target(torch.from_numpy(X)).numpy() - np.log(np.pi) - 3.0
