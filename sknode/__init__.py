@@ -9,9 +9,11 @@ from importlib import import_module
 from sknode._version import __version__
 
 __all__ = [
+    "CNFDensity",
     "ODENetClassifier",
     "ODENetRegressor",
     "__version__",
+    "datasets",
     "fields",
     "ode",
     "show_versions",
@@ -20,6 +22,7 @@ __all__ = [
 # Loaded when first asked for: a torch user who wants the solver does not wait for
 # scikit-learn, and importing the package costs next to nothing.
 _HOME = {
+    "CNFDensity": "sknode.density",
     "ODENetClassifier": "sknode.odenet",
     "ODENetRegressor": "sknode.odenet",
     "show_versions": "sknode._show_versions",
@@ -29,7 +32,7 @@ _HOME = {
 def __getattr__(name):
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
-    if name in ("ode", "fields"):
+    if name in ("ode", "fields", "datasets"):
         return import_module(f"sknode.{name}")
     raise AttributeError(f"module 'sknode' has no attribute {name!r}")
 

@@ -95,9 +95,11 @@ class BaseODEEstimator(CallbackSupportMixin, BaseEstimator):
             return torch.float32
         return torch.float64
 
-    def _solver_settings(self, dtype: torch.dtype) -> SolverSettings:
-        """Collect the solver parameters as they are now."""
-        rtol, least = self.rtol, 4 * torch.finfo(dtype).eps
+    def _solver_settings(self, dtype: torch.dtype, floor: float = 0) -> SolverSettings:
+        """Collect the solver parameters as they are now, with tolerances that are at
+        least ``floor``.
+        """
+        rtol, least = max(self.rtol, floor), 4 * torch.finfo(dtype).eps
         if rtol < least:
             warnings.warn(
                 f"rtol={rtol:g} is below what {dtype} can carry; using {least:.2g}. "
@@ -110,7 +112,7 @@ class BaseODEEstimator(CallbackSupportMixin, BaseEstimator):
         return SolverSettings(
             method=self.solver,
             rtol=float(rtol),
-            atol=float(self.atol),
+            atol=float(max(self.atol, floor)),
             max_steps=int(self.max_steps),
             gradient=self.gradient,
             step_size=None if adaptive else float(self.step_size),
@@ -131,14 +133,13 @@ class BaseODEEstimator(CallbackSupportMixin, BaseEstimator):
     # largest batch that is chosen by itself
     _largest_batch = 200
 
-    def _recipe(self, n_samples: int, max_iter: int) -> Recipe:
-        """Collect the learning parameters."""
+    def _recipe(self, n_samples: int, max_iter: int, n_updates: int = 8) -> Recipe:
+        """Collect the learning parameters; "auto" makes ``n_updates`` an epoch."""
         batch_size = self.batch_size
         if batch_size == "auto":
-            # at least eight updates an epoch, but no batches of a few rows
-            batch_size = min(
-                self._largest_batch, max(32, -(-n_samples // 8)), n_samples
-            )
+            # at least that many updates an epoch, but no batches of a few rows
+            batch_size = max(32, -(-n_samples // n_updates))
+            batch_size = min(batch_size, self._largest_batch, n_samples)
         elif batch_size > n_samples:
             warnings.warn(
                 f"batch_size={batch_size} is larger than the number of samples; using "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 import warnings
@@ -16,11 +17,7 @@ from torch import Tensor, nn
 from sknode._warning import stacklevel_of_caller
 from sknode.ode import SolverError
 
-__all__ = ["History", "Recipe", "make_optimizer", "train"]
-
-# A step follows a gradient of at most this norm: a batch with an outlier then does not
-# undo what the others taught.
-GRADIENT_BOUND = 1.0
+__all__ = ["Average", "History", "Recipe", "make_optimizer", "train"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +31,9 @@ class Recipe:
     tol: float
     n_iter_no_change: int
     total_weight: float | None = None  # that alpha is divided by, if not of the data
+    # A step follows a gradient of at most this norm: a batch with an outlier then does
+    # not undo what the others taught.
+    gradient_bound: float = 1.0
     ends: bool = True  # whether max_iter is the end, and no later call goes on
     verbose: bool = False
     name: str = "estimator"
@@ -51,6 +51,31 @@ class History:
     fall: int = 0  # epochs at the end in which the learning rate falls, once known
     fallen: int = 0  # how many of them have begun
     converged: bool = False  # whether progress had ended by itself
+
+
+class Average:
+    """A module whose weights are the exponential moving average of another one's.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        What it follows, copied.
+    decay : float
+        What remains of the past after an update; less in the first ones.
+    """
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.module = copy.deepcopy(module)
+        self.decay, self.n_updates = decay, 0
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Move towards the weights as they are now."""
+        self.n_updates += 1
+        decay = min(self.decay, self.n_updates / (self.n_updates + 9))
+        pairs = zip(self.module.parameters(), module.parameters(), strict=True)
+        mine, theirs = zip(*pairs, strict=True)
+        torch._foreach_lerp_(mine, theirs, 1 - decay)
 
 
 def make_optimizer(module: nn.Module, recipe: Recipe, state: dict | None = None):
@@ -87,6 +112,7 @@ def train(
     history: History,
     *,
     validate: Callable[[], float] | None = None,
+    average: Average | None = None,
     on_epoch: Callable[[int], bool] = lambda epoch: False,
 ) -> int:
     """Train a module; return the number of epochs.
@@ -116,6 +142,9 @@ def train(
         without, when the loss no longer does. Either way, and also before
         ``max_iter``, it ends with ``n_iter_no_change`` epochs in which the learning
         rate falls to zero: they take the noise of the minibatches out of the weights.
+    average : Average, optional
+        Follows the weights. It is then its module that ``validate`` looks at, and the
+        best average is what the trained module gets.
     on_epoch : callable
         Called with the epoch; returns True to stop.
     """
@@ -124,6 +153,7 @@ def train(
     parameters = [p for p in module.parameters() if p.requires_grad]
     penalize(optimizer, recipe.alpha / (recipe.total_weight or float(weight.sum())))
     best = None
+    followed = module if average is None else average.module
     for epoch in range(recipe.max_iter):
         started = time.perf_counter()
         # A single batch stays in order: a weight of 2 is then the same as a row twice.
@@ -144,8 +174,11 @@ def train(
                     f"{len(history.loss) + 1} of the training. {error} If the training "
                     "diverges, lower learning_rate_init or raise alpha."
                 ) from error
-            nn.utils.clip_grad_norm_(parameters, GRADIENT_BOUND)
+            if recipe.gradient_bound < math.inf:
+                nn.utils.clip_grad_norm_(parameters, recipe.gradient_bound)
             optimizer.step()
+            if average is not None:
+                average.update(module)
             loss_sum = loss_sum + loss.detach()
             nfe_sum = nfe_sum + nfe.sum()
 
@@ -160,7 +193,7 @@ def train(
         if validate is not None:
             history.validation.append(validate())
             if history.validation[-1] >= max(history.validation):
-                best = [p.detach().clone() for p in module.parameters()]
+                best = [p.detach().clone() for p in followed.parameters()]
         report(recipe, history, time.perf_counter() - started)
         if on_epoch(epoch) or has_finished(recipe, history, validate is not None):
             break
@@ -174,6 +207,8 @@ def train(
             ConvergenceWarning,
             stacklevel=stacklevel_of_caller(),
         )
+    if best is None and average is not None:
+        best = list(followed.parameters())
     if best is not None:
         with torch.no_grad():
             for p, value in zip(module.parameters(), best, strict=True):

@@ -13,15 +13,21 @@ from sklearn.utils.estimator_checks import (
     parametrize_with_checks,
 )
 
-from sknode import ODENetClassifier, ODENetRegressor
+from sknode import CNFDensity, ODENetClassifier, ODENetRegressor
 
 # short trainings: the checks ask for a little accuracy on easy data
-ESTIMATORS = [ODENetClassifier(max_iter=40), ODENetRegressor(max_iter=40)]
+ESTIMATORS = [
+    CNFDensity(max_iter=10),
+    ODENetClassifier(max_iter=40),
+    ODENetRegressor(max_iter=40),
+]
 
 # The checks train for fewer epochs than it takes, on purpose.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning"),
     pytest.mark.filterwarnings("ignore:y_pred contains classes:UserWarning"),
+    # they have iris, with few different values, and redundant columns
+    pytest.mark.filterwarnings("ignore:X has columns:UserWarning"),
 ]
 
 

@@ -2,7 +2,22 @@
 
 from sknode.fields.activations import ACTIVATIONS
 from sknode.fields.conv import ConvField
+from sknode.fields.divergence import DivergenceField, LogDensityField, SumField
 from sknode.fields.energy import EnergyField
+from sknode.fields.mixture import MixtureField
 from sknode.fields.mlp import MLPField
+from sknode.fields.planar import PlanarField
+from sknode.fields.squash import ConcatSquashField
 
-__all__ = ["ACTIVATIONS", "ConvField", "EnergyField", "MLPField"]
+__all__ = [
+    "ACTIVATIONS",
+    "ConcatSquashField",
+    "ConvField",
+    "DivergenceField",
+    "EnergyField",
+    "LogDensityField",
+    "MLPField",
+    "MixtureField",
+    "PlanarField",
+    "SumField",
+]

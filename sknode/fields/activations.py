@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["ACTIVATIONS", "Activation", "get_activation"]
+__all__ = ["ACTIVATIONS", "Activation", "get_activation", "value_and_slope"]
 
 _aten = torch.ops.aten
 
@@ -102,3 +102,37 @@ def get_activation(name: str) -> Activation:
             f"activation must be one of {', '.join(ACTIVATIONS)}. Got {name!r} instead."
         )
     return ACTIVATIONS[name]
+
+
+def value_and_slope(name: str, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Return an activation and its derivative, both differentiable by autograd.
+
+    Parameters
+    ----------
+    name : str
+        One of `ACTIVATIONS`.
+    z : Tensor
+        Arguments.
+
+    Returns
+    -------
+    value, slope : Tensor
+        In the shape of ``z``.
+    """
+    if name == "tanh":
+        value = torch.tanh(z)
+        return value, 1 - value.square()
+    if name == "sigmoid":
+        value = torch.sigmoid(z)
+        return value, value * (1 - value)
+    if name == "softplus":
+        return F.softplus(z), torch.sigmoid(z)
+    if name == "silu":
+        gate = torch.sigmoid(z)
+        value = z * gate
+        return value, gate + value * (1 - gate)
+    if name == "elu":
+        value = F.elu(z)
+        # where the value is negative it is exp(z) - 1
+        return value, torch.where(z > 0, torch.ones_like(z), value + 1)
+    return get_activation(name).function(z), (z > 0).to(z.dtype)

@@ -1,0 +1,160 @@
+"""Where the flow of `CNFDensity` starts: a Gaussian or a mixture, as chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from sknode._mixture import GaussianMixtureModel, fit_mixture
+from sknode._warp import Marginals, Whitening
+
+__all__ = ["Start", "choose_start", "fit_start", "is_better"]
+
+# Mixtures of 1, 2, 4, ... components are tried, up to so many, as long as each of them
+# has rows enough; those beyond the first limit with the better map of the columns only.
+FEW_COMPONENTS, MOST_COMPONENTS = 16, 64
+# Components of the mixture that is the distribution of a single column.
+MARGINAL_COMPONENTS = 12
+# With fewer rows all of them are held out in turn, in so many parts.
+FEW_ROWS, N_FOLDS = 1000, 5
+
+
+@dataclass(frozen=True)
+class Start:
+    """Maps from the units of X to whitened rows, and the mixture there.
+
+    Attributes
+    ----------
+    marginals : Marginals or None
+        Applied first, if at all.
+    whitening : Whitening
+        Applied second.
+    mixture : GaussianMixtureModel
+        Density of whitened rows.
+    """
+
+    marginals: Marginals | None
+    whitening: Whitening
+    mixture: GaussianMixtureModel
+
+    def forward(self, X):
+        """Return whitened rows and the log-determinants of the map."""
+        if self.marginals is None:
+            return self.whitening.forward(X)
+        Z, first = self.marginals.forward(X)
+        Z, second = self.whitening.forward(Z)
+        return Z, first + second
+
+    def inverse(self, Z):
+        """Return rows in the units of X."""
+        X = self.whitening.inverse(Z)
+        return X if self.marginals is None else self.marginals.inverse(X)
+
+    def log_density(self, X):
+        """Return the log-density in the units of X."""
+        Z, log_det = self.forward(X)
+        return self.mixture.log_density(Z) + log_det
+
+
+def fit_start(X, weight, marginals, n_components, seed, start=None):
+    """Fit maps and mixture to weighted rows.
+
+    Parameters
+    ----------
+    X : ndarray of shape (n, d)
+        Rows.
+    weight : ndarray of shape (n,)
+        Their weights.
+    marginals : bool
+        Whether to map every column to a normal distribution first.
+    n_components : int
+        Components of the mixture; 1 is the Gaussian of maximum likelihood.
+    seed : int
+        Draws where the mixtures begin.
+    start : Start, optional
+        Keep its maps and begin with its mixture.
+    """
+    rng = np.random.RandomState(seed)
+    if start is not None:
+        Z, _ = start.forward(X)
+        mixture = fit_mixture(Z, weight, None, rng, start=start.mixture)
+        return Start(start.marginals, start.whitening, mixture)
+    warp, Z = None, X
+    if marginals:
+        k = max(1, min(MARGINAL_COMPONENTS, len(X) // 100))
+        warp = Marginals.fit(X, weight, k, rng)
+        Z, _ = warp.forward(X)
+    whitening = Whitening.fit(Z, weight)
+    mixture = GaussianMixtureModel.standard_normal(X.shape[1])
+    if n_components > 1:
+        Z, _ = whitening.forward(Z)
+        mixture = fit_mixture(Z, weight, n_components, rng)
+    return Start(warp, whitening, mixture)
+
+
+def choose_start(X, weight, folds, marginals, n_components, seed):
+    """Return what held-out rows choose: (marginals, n_components).
+
+    Parameters
+    ----------
+    X, weight : ndarray
+        Rows and their weights.
+    folds : list of (train, held_out)
+        Indices of rows.
+    marginals : bool or "auto"
+        Whether columns are mapped to normal distributions.
+    n_components : int or "auto"
+        Components of the mixture.
+    seed : int
+        Draws where the mixtures begin.
+
+    Notes
+    -----
+    Anything but the Gaussian has to be better by more than the standard error.
+    """
+    rows = np.concatenate([held_out for _, held_out in folds])
+
+    def evaluate(warp, k):
+        parts = []
+        for train, held_out in folds:
+            start = fit_start(X[train], weight[train], warp, k, seed)
+            parts.append(start.log_density(X[held_out]))
+        return np.concatenate(parts)
+
+    warps = [False, True] if marginals == "auto" else [bool(marginals)]
+    most = min(len(train) for train, _ in folds) // (2 * (X.shape[1] + 1))
+    most = max(1, min(MOST_COMPONENTS, most))
+    if n_components != "auto":
+        few = [n_components]
+    else:
+        few = [k for k in (1, 2, 4, 8, 16) if k <= min(FEW_COMPONENTS, most)]
+    scores = {(warp, k): evaluate(warp, k) for warp in warps for k in few}
+
+    def mean(key):
+        return np.average(scores[key], weights=weight[rows])
+
+    best = max(scores, key=mean)
+    while n_components == "auto" and best[1] == max(k for _, k in scores):
+        further = (best[0], 2 * best[1])
+        if further[1] > most:
+            break
+        scores[further] = evaluate(*further)
+        best = max(scores, key=mean)
+    simple = (warps[0], few[0])
+    if is_better(scores[best], scores[simple], weight[rows]):
+        return best
+    return simple
+
+
+def is_better(one, other, weight) -> bool:
+    """Return whether held-out log-densities are better by more than chance."""
+    gain = one - other
+    if np.average(gain, weights=weight) <= 0:
+        return False
+    # a few huge gains, as on rows far out, say less about chance than about the scale
+    gain = np.clip(gain, *np.quantile(gain, [0.02, 0.98]))
+    mean = np.average(gain, weights=weight)
+    variance = np.average((gain - mean) ** 2, weights=weight)
+    error = np.sqrt(variance * (weight**2).sum()) / weight.sum()
+    return bool(mean > error)

@@ -1,0 +1,885 @@
+"""Density estimation by a continuous normalizing flow."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from dataclasses import replace
+from functools import partial
+from numbers import Integral
+from typing import ClassVar
+
+import numpy as np
+import torch
+from sklearn.base import (
+    ClassNamePrefixFeaturesOutMixin,
+    DensityMixin,
+    TransformerMixin,
+    _fit_context,
+)
+from sklearn.utils import check_random_state
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.validation import (
+    _check_sample_weight,
+    check_array,
+    check_is_fitted,
+)
+from torch import nn
+
+from sknode._base import SHARED_CONSTRAINTS, BaseODEEstimator
+from sknode._density_flow import (
+    DYNAMICS,
+    DensityFlow,
+    finish_loss,
+    flow_matching_loss,
+    make_finish_grid,
+    make_grid,
+)
+from sknode._density_start import (
+    FEW_ROWS,
+    N_FOLDS,
+    Start,
+    choose_start,
+    fit_start,
+    is_better,
+)
+from sknode._mixture import GaussianMixtureModel
+from sknode._training import Average, History, make_optimizer, train
+from sknode._warning import stacklevel_of_caller
+from sknode._warp import Whitening, find_collinear, find_constant, kish
+from sknode.ode import SolverError, SolverWarning
+from sknode.ode.integrate import ROW_BLOCK
+
+__all__ = ["CNFDensity"]
+
+# Solves are made in blocks of so many rows, fewer where the mixture is large.
+CHUNK_ROWS, CHUNK_VALUES = 4096, 2**22
+# With fewer different rows no network is trained: too few are held out to judge it.
+LEAST_ROWS = 200
+# Held-out rows at which an epoch is judged; all of them judge the result.
+VALIDATION_ROWS = 1000
+# Steps of the likelihood in validation until t = 1; from then on in validation and in
+# training.
+VALIDATION_STEPS = 16
+FINISH_VALIDATION_STEPS, FINISH_STEPS = 12, 4
+# The result is judged with so many times more steps: what a field gained from the
+# error of its steps is lost then.
+REFINEMENT = 4
+# Updates an epoch that are aimed at.
+N_UPDATES = 32
+# Times and noises for a row in an epoch of flow matching.
+N_DRAWS = 8
+# What the moving average of the weights keeps in an update: flow matching is noisier.
+MATCHING_DECAY, LIKELIHOOD_DECAY = 0.998, 0.99
+# Solves inside of training need not be more accurate than this.
+TRAINING_TOLERANCE = 1e-3
+# From the data back to where densities are known.
+FINISH_TIMES = torch.tensor([2.0, 1.0], dtype=torch.float64)
+TIMES = torch.tensor([1.0, 0.0], dtype=torch.float64)
+# In single precision there is no use in asking for more.
+SINGLE_TOLERANCE = 1e-5
+# Rows of an epoch of `fit_target`, all fresh.
+TARGET_ROWS = 2048
+# From so many rows on, a share of equal values in a column that is worth a warning.
+TIED_ROWS, TIED_SHARE = 50, 0.05
+
+
+class CNFDensity(
+    ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseODEEstimator
+):
+    r"""Density estimation by a continuous normalizing flow.
+
+    A flow ``dy/dt = f(t, y)`` carries a standard normal distribution at ``t = 0`` to
+    that of the data at ``t = 1`` [1]_. It starts from the exact flow to a Gaussian
+    mixture, or a single Gaussian, and a network learns what is missing, by flow
+    matching [2]_; whatever does not raise the likelihood of held-out rows is left out.
+    Log-densities are exact: divergences are closed forms, nothing is sampled.
+
+    Parameters
+    ----------
+    hidden_layer_sizes : tuple of int or int, default=(64, 64)
+        Sizes of the hidden layers of the vector field; with ``dynamics="planar"`` their
+        sum is the number of planar units.
+    activation : {"tanh", "softplus", "silu", "elu", "sigmoid", "relu"}, default="silu"
+        Activation of the vector field; planar units always have "tanh".
+    dynamics : {"mlp", "planar"}, default="mlp"
+        Vector field: a perceptron with gates of time, or the sum of gated planar units
+        of [1]_.
+    objective : {"flow_matching", "likelihood"}, default="flow_matching"
+        How the network is trained: by regression on the velocity of straight paths from
+        noise to rows, without any solve; or by the likelihood, through the solver as in
+        [1]_, which takes far longer.
+    n_components : int or "auto", default="auto"
+        Components of the mixture that the flow starts from, with full covariances.
+        "auto" tries 1, 2, 4, ... up to 64 on held-out rows; 1 is the Gaussian of
+        maximum likelihood.
+    marginals : bool or "auto", default="auto"
+        Whether every column is first mapped to a normal distribution by itself, which
+        helps where columns are skewed or have heavy tails. "auto" tries both on
+        held-out rows.
+    refine : bool, default=True
+        Whether a second network is trained by maximum likelihood before the first one:
+        it continues the flow from the mixture, whose density needs no solve, to the
+        data, so that this costs little. Flow matching then has less to do.
+    solver : {"dopri5", "tsit5", "bosh3", "dopri8", "heun", "rk4", "midpoint", \
+            "euler", "adams", "rodas5p", "scipy_rk45", "scipy_rk23", "scipy_dop853", \
+            "scipy_radau", "scipy_bdf", "scipy_lsoda"}, default="dopri5"
+        ODE solver, as in `sknode.ode.solve_ode`. "rk4", "midpoint" and "euler" take
+        constant steps of length ``step_size``, the others adapt them to the tolerance.
+    rtol, atol : float, default=1e-7
+        Relative and absolute tolerance of the solver, at least 1e-5 in single
+        precision. Read again by every method:
+        ``density.set_params(rtol=1e-9).score_samples(X)`` solves more accurately with
+        the same weights.
+    max_steps : int, default=1000
+        Steps that the solver may attempt for a sample.
+    step_size : float, default=0.02
+        Length of the steps of the solvers without error estimate; the interval is 1.
+    gradient : {"discrete", "continuous", "backprop"}, default="discrete"
+        With ``objective="likelihood"``, how to differentiate the solver.
+    optimizer : {"adam"}, default="adam"
+        Training algorithm.
+    alpha : float, default=1e-4
+        Strength of the L2 penalty on the weights.
+    batch_size : int or "auto", default="auto"
+        Rows of a minibatch; "auto" is 1/32 of them, but from 32 to 200.
+    learning_rate_init : float, default=3e-3
+        Step size of the training algorithm.
+    max_iter : int, default=200
+        Largest number of epochs.
+    tol : float, default=1e-3
+        What the held-out log-likelihood (the loss, without ``early_stopping``) has to
+        gain to count as progress.
+    n_iter_no_change : int, default=10
+        After so many epochs without progress training ends, with as many epochs more
+        in which the learning rate falls to zero.
+    early_stopping : bool, default=True
+        Whether to hold out ``validation_fraction`` of the rows, to stop by their
+        likelihood, keep the best weights, and keep the network only if it is better
+        than the mixture. Otherwise the network is trained on all rows and kept.
+    validation_fraction : float, default=0.1
+        Share of the rows held out.
+    warm_start : bool, default=False
+        Whether ``fit`` goes on from the last one, with its maps, mixture and network.
+    device : str, default="cpu"
+        Torch device; "auto" is an accelerator if there is one.
+    dtype : {"auto", "float32", "float64"}, default="auto"
+        Precision of the solves. "auto" is float64 on the CPU and float32 on an
+        accelerator. Training is always in single precision; results have that of X.
+    verbose : bool, default=False
+        Whether to print a line an epoch.
+    random_state : int, RandomState instance or None, default=None
+        Draws initial weights, mixtures, batches and held-out rows.
+
+    Attributes
+    ----------
+    n_features_in_ : int
+        Number of features seen in ``fit``.
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Names of the features, if X had string column names.
+    n_components_ : int
+        Components of the mixture that the flow starts from.
+    marginals_ : bool
+        Whether columns are mapped to normal distributions first.
+    n_iter_ : int
+        Number of epochs; where no network was trained, iterations of the mixture.
+    loss_ : float or None
+        Training loss of the last epoch; None if there was none.
+    loss_curve_ : list of float
+        Training loss, an entry an epoch: the mean square of what the network misses of
+        a velocity, most of which is noise. The epochs of ``refine`` come first; theirs
+        is minus the mean log-density of whitened rows.
+    validation_scores_ : list of float or None
+        Mean log-density of held-out rows in the units of X, an entry an epoch; None
+        without.
+    best_validation_score_ : float or None
+        That of the result.
+    nfe_curve_ : list of float
+        Mean number of evaluations of the network a row, an entry an epoch.
+    module_ : torch.nn.Module
+        The fitted flow of whitened rows.
+
+    See Also
+    --------
+    sklearn.neighbors.KernelDensity : Kernel density estimation.
+    sklearn.mixture.GaussianMixture : Gaussian mixtures.
+    sknode.datasets.make_density : Distributions with known densities.
+
+    Notes
+    -----
+    Equal rows are merged and their weights added, and all draws depend on the merged
+    rows in sorted order: a weight of 2 equals a row twice, and the order of rows does
+    not matter. Weights are relative.
+
+    With fewer than 200 different rows no network is trained; with fewer than twice as
+    many as columns the result is a Gaussian with correlations shrunk towards zero.
+
+    Discrete columns have no density, and a flexible model can raise its likelihood
+    without bound on them. Add uniform noise as wide as their resolution before fitting.
+
+    References
+    ----------
+    .. [1] Chen, Rubanova, Bettencourt & Duvenaud, "Neural Ordinary Differential
+       Equations", NeurIPS 2018.
+    .. [2] Lipman, Chen, Ben-Hamu, Nickel & Le, "Flow Matching for Generative
+       Modeling", ICLR 2023.
+
+    Examples
+    --------
+    >>> from sknode import CNFDensity
+    >>> from sknode.datasets import make_density
+    >>> X, log_density = make_density("moons", 500, random_state=0)
+    >>> density = CNFDensity(random_state=0).fit(X)
+    >>> bool(abs(density.score(X) - log_density.mean()) < 0.2)
+    True
+    >>> density.sample(3, random_state=0).shape
+    (3, 2)
+    """
+
+    _parameter_constraints: ClassVar[dict] = {
+        **SHARED_CONSTRAINTS,
+        "dynamics": [StrOptions(set(DYNAMICS))],
+        "objective": [StrOptions({"flow_matching", "likelihood"})],
+        "n_components": [
+            StrOptions({"auto"}),
+            Interval(Integral, 1, None, closed="left"),
+        ],
+        "marginals": ["boolean", StrOptions({"auto"})],
+        "refine": ["boolean"],
+    }
+
+    def __init__(
+        self,
+        hidden_layer_sizes=(64, 64),
+        activation="silu",
+        *,
+        dynamics="mlp",
+        objective="flow_matching",
+        n_components="auto",
+        marginals="auto",
+        refine=True,
+        solver="dopri5",
+        rtol=1e-7,
+        atol=1e-7,
+        max_steps=1000,
+        step_size=0.02,
+        gradient="discrete",
+        optimizer="adam",
+        alpha=1e-4,
+        batch_size="auto",
+        learning_rate_init=3e-3,
+        max_iter=200,
+        tol=1e-3,
+        n_iter_no_change=10,
+        early_stopping=True,
+        validation_fraction=0.1,
+        warm_start=False,
+        device="cpu",
+        dtype="auto",
+        verbose=False,
+        random_state=None,
+    ):
+        self.hidden_layer_sizes = hidden_layer_sizes
+        self.activation = activation
+        self.dynamics = dynamics
+        self.objective = objective
+        self.n_components = n_components
+        self.marginals = marginals
+        self.refine = refine
+        self.solver = solver
+        self.rtol = rtol
+        self.atol = atol
+        self.max_steps = max_steps
+        self.step_size = step_size
+        self.gradient = gradient
+        self.optimizer = optimizer
+        self.alpha = alpha
+        self.batch_size = batch_size
+        self.learning_rate_init = learning_rate_init
+        self.max_iter = max_iter
+        self.tol = tol
+        self.n_iter_no_change = n_iter_no_change
+        self.early_stopping = early_stopping
+        self.validation_fraction = validation_fraction
+        self.warm_start = warm_start
+        self.device = device
+        self.dtype = dtype
+        self.verbose = verbose
+        self.random_state = random_state
+
+    # --- fitting ----------------------------------------------------------------------
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X, y=None, sample_weight=None):
+        """Fit the flow to rows.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+            Training data.
+        y : None
+            Ignored, so that the estimator can be part of a pipeline.
+        sample_weight : array-like of shape (n_samples,), optional
+            Sample weights; only their ratios matter.
+
+        Returns
+        -------
+        self : object
+            The fitted estimator.
+        """
+        going_on = self.warm_start and hasattr(self, "module_")
+        X = self._validate(X, reset=not going_on)
+        device = self._device()
+        dtype, seed = self._dtype(X, device), self._seed()
+        self._hidden_layer_sizes()
+        X, weight = self._merge(X.astype(np.float64, copy=False), sample_weight)
+        train_rows, held_out = self._split(X, seed)
+        if going_on:
+            start = self._start
+        else:
+            start = self._choose(X, weight, train_rows, held_out, seed)
+        before = self.module_ if going_on else None
+        history = History()
+        context = self._init_callback_context(max_subtasks=self.max_iter)
+        context.call_on_fit_task_begin(estimator=self, X=X, y=None)
+        module = self._make_flow(start.mixture, False, False, dtype, device, seed)
+        if len(held_out) or not self.early_stopping:
+            rows = (train_rows, held_out)
+            module = self._train(module, start, X, weight, rows, history, seed, before)
+        alone = module.residual is None and module.finish is None
+        if alone and len(held_out) and not going_on:
+            # the rows that were held out have done their work
+            start = self._refit(start, X, weight, seed)
+            module.set_mixture(start.mixture)
+        self._keep(module, start, history)
+        context.call_on_fit_task_end(
+            estimator=self, X=X, y=None, reconstruction_attributes={}
+        )
+        return self
+
+    def _dtype(self, X, device):
+        """Resolve the dtype parameter: double precision on the CPU."""
+        if self.dtype == "auto" and device.type == "cpu":
+            return torch.float64
+        return super()._dtype(X, device)
+
+    def _merge(self, X, sample_weight):
+        """Return different rows in sorted order, and their weights."""
+        weight = _check_sample_weight(
+            sample_weight, X, dtype=np.float64, ensure_non_negative=True
+        )
+        kept = weight > 0
+        X, weight = X[kept], weight[kept]
+        self._warn_of_ties(X)
+        X, group = np.unique(X, axis=0, return_inverse=True)
+        weight = np.bincount(group.ravel(), weights=weight)
+        if len(X) < 2:
+            raise ValueError(
+                "X must have at least 2 different rows with positive weight. Got "
+                f"n_samples = {len(X)}."
+            )
+        constant = find_constant(X, weight)
+        if constant.any():
+            raise ValueError(
+                "X has constant columns, which have no density: "
+                f"{self._name_columns(constant)}. Drop them."
+            )
+        if len(X) > X.shape[1]:
+            collinear = find_collinear(X, weight)
+            if collinear.any():
+                warnings.warn(
+                    "X has columns that are linear combinations of each other, so that "
+                    f"it has no density: among {self._name_columns(collinear)}. Drop "
+                    "some of them. The density is that with a little noise.",
+                    UserWarning,
+                    stacklevel=stacklevel_of_caller(),
+                )
+        # their sum is the number of rows that they amount to
+        return X, weight * (kish(weight) / weight.sum())
+
+    def _name_columns(self, mask):
+        names = getattr(self, "feature_names_in_", np.arange(self.n_features_in_))
+        return ", ".join(str(name) for name in names[mask])
+
+    def _warn_of_ties(self, X):
+        """Warn about columns that look discrete."""
+        if len(X) < TIED_ROWS:
+            return
+        most = np.array([np.unique(c, return_counts=True)[1].max() for c in X.T])
+        tied = (most > TIED_SHARE * len(X)) & (most < len(X))
+        if tied.any():
+            warnings.warn(
+                "X has columns in which a value occurs again and again: "
+                f"{self._name_columns(tied)}. Discrete values have no density. Add "
+                "uniform noise as wide as their resolution.",
+                UserWarning,
+                stacklevel=stacklevel_of_caller(),
+            )
+
+    def _split(self, X, seed):
+        """Return the rows to train a network on, and those to judge it."""
+        order = np.random.RandomState(seed).permutation(len(X))
+        if len(X) < LEAST_ROWS or not self.early_stopping:
+            return order, order[:0]
+        n_held_out = max(1, round(self.validation_fraction * len(X)))
+        return order[n_held_out:], order[:n_held_out]
+
+    def _choose(self, X, weight, train_rows, held_out, seed):
+        """Fit where the flow starts, to the rows for training."""
+        n, dim = X.shape
+        marginals, k = bool(self.marginals is True), self.n_components
+        if k == "auto" and n < 2 * dim:
+            # nothing beyond a Gaussian can be told
+            marginals, k = False, 1
+        elif k == "auto" or self.marginals == "auto":
+            order = np.random.RandomState(seed).permutation(n)
+            if n < FEW_ROWS:
+                parts = np.array_split(order, min(N_FOLDS, n))
+                folds = [(np.setdiff1d(order, part), part) for part in parts]
+            else:
+                cut = max(1, round(self.validation_fraction * n))
+                folds = [(order[cut:], order[:cut])]
+            folds = [
+                (np.sort(a), np.sort(b))
+                for a, b in folds
+                if not find_constant(X[a], weight[a]).any()
+            ]
+            if folds:
+                marginals, k = choose_start(X, weight, folds, self.marginals, k, seed)
+            elif k == "auto":
+                k = 1
+        rows = np.sort(train_rows)
+        return fit_start(X[rows], weight[rows], marginals, k, seed)
+
+    def _refit(self, start, X, weight, seed):
+        """Fit maps and mixture to all rows, from where they are."""
+        if len(start.mixture.weights) > 1:
+            return fit_start(X, weight, None, None, seed, start=start)
+        marginals = start.marginals is not None
+        return fit_start(X, weight, marginals, 1, seed)
+
+    def _make_flow(self, mixture, residual, finish, dtype, device, seed):
+        """Return a flow that starts as the mixture."""
+        self._module_config = {
+            "dim": mixture.means.shape[1],
+            "n_components": len(mixture.weights),
+            "residual": residual,
+            "finish": finish,
+            "dynamics": self.dynamics,
+            "hidden_layer_sizes": self._hidden_layer_sizes(),
+            "activation": self.activation,
+        }
+        module = self._new_module(self._module_config, dtype, device, seed)
+        module.set_mixture(mixture)
+        return module
+
+    def _make_module(self, **config):
+        return DensityFlow(**config)
+
+    # --- training ---------------------------------------------------------------------
+
+    def _train(self, module, start, X, weight, rows, history, seed, before):
+        """Train the networks, one after the other; return the flow with the good ones.
+
+        Each of them is trained in single precision, on the rows as they are at its end
+        of the flow.
+        """
+        like = module.mixture.axes
+        Z, log_det = start.forward(X)
+        Z = torch.from_numpy(Z).to(like.device, torch.float32)
+        weight = torch.from_numpy(weight).to(like.device, torch.float32)
+        log_det = torch.from_numpy(log_det)
+        data = [tuple(x[part] for x in (Z, weight, log_det)) for part in rows]
+        generator = torch.Generator().manual_seed(seed)
+
+        def make(residual, finish, dtype=torch.float32):
+            args = (start.mixture, residual, finish, dtype, like.device, seed)
+            return self._make_flow(*args)
+
+        finish = residual = None
+        if self.refine:
+            flow = make(False, True)
+            if before is not None and before.finish is not None:
+                flow.finish.load_state_dict(before.finish.state_dict())
+            if self._train_finish(flow, data, history, generator):
+                finish = flow.finish
+                data = [_undo_finish(flow, part) for part in data]
+        flow = make(True, False)
+        if before is not None and before.residual is not None:
+            flow.residual.load_state_dict(before.residual.state_dict())
+        if self._train_residual(flow, data, history, generator):
+            residual = flow.residual
+        module = make(residual is not None, finish is not None, like.dtype)
+        for mine, trained in ((module.finish, finish), (module.residual, residual)):
+            if trained is not None:
+                mine.load_state_dict(trained.state_dict())
+        return module
+
+    def _train_finish(self, flow, data, history, generator):
+        """Train what is next to the data by its likelihood."""
+
+        def loss(rows):
+            losses = finish_loss(flow, rows, FINISH_STEPS, generator)
+            return losses, torch.full_like(losses, 4 * FINISH_STEPS)
+
+        return self._run(flow, data, loss, history, generator, LIKELIHOOD_DECAY)
+
+    def _train_residual(self, flow, data, history, generator):
+        """Train what is added to the velocity of the mixture, by the objective."""
+        if self.objective == "likelihood":
+            loss = self._likelihood_through_the_solver(flow)
+            return self._run(flow, data, loss, history, generator, LIKELIHOOD_DECAY)
+
+        def loss(rows):
+            losses = flow_matching_loss(flow, rows, N_DRAWS, generator)
+            return losses, torch.full_like(losses, N_DRAWS)
+
+        return self._run(flow, data, loss, history, generator, MATCHING_DECAY)
+
+    def _training_settings(self):
+        return self._solver_settings(torch.float32, TRAINING_TOLERANCE)
+
+    def _likelihood_through_the_solver(self, flow):
+        """Return the objective that simulates and differentiates."""
+        settings = self._training_settings()
+
+        def loss(rows):
+            state = nn.functional.pad(rows, (0, 1))
+            solution = settings.solve(flow, state, TIMES)
+            if not solution.success:
+                raise SolverError(solution.failure_report())
+            losses = solution.y[:, -1, -1] - flow.log_mixture(rows)
+            return losses, solution.stats["n_f_evals"]
+
+        return loss
+
+    def _run(self, flow, data, loss, history, generator, decay):
+        """Train the flow, which gets the best average of its weights.
+
+        Returns whether that is better than it was, as far as held-out rows can tell.
+        """
+        (rows, weight, _), held_out = data
+        recipe = self._recipe(len(rows), self.max_iter, N_UPDATES)
+        # the loss is a sum over features whose size differs from data to data
+        recipe = replace(recipe, gradient_bound=math.inf, ends=True)
+        average, validate, current = Average(flow, decay), None, History()
+        if len(held_out[0]):
+            few = tuple(x[:VALIDATION_ROWS] for x in held_out)
+            shares = few[1].cpu().numpy()
+
+            def validate():
+                logs = _held_out_log_density(average.module, few)
+                return float(np.average(logs, weights=shares))
+
+            before = _held_out_log_density(flow, held_out, REFINEMENT)
+        try:
+            train(
+                flow,
+                (rows,),
+                weight,
+                loss,
+                make_optimizer(flow, recipe),
+                recipe,
+                generator,
+                current,
+                validate=validate,
+                average=average,
+            )
+        except KeyboardInterrupt:
+            warnings.warn(
+                "Training interrupted by user.", stacklevel=stacklevel_of_caller()
+            )
+        history.loss += current.loss
+        history.nfe += current.nfe
+        history.validation += current.validation
+        if validate is None:
+            return True
+        after = _held_out_log_density(flow, held_out, REFINEMENT)
+        return is_better(after, before, held_out[1].cpu().numpy())
+
+    def _keep(self, module, start, history):
+        """Set the fitted attributes."""
+        self.module_, self._start = module.eval(), start
+        self.n_components_ = len(start.mixture.weights)
+        self.marginals_ = start.marginals is not None
+        self.loss_curve_, self.nfe_curve_ = history.loss, history.nfe
+        self.loss_ = history.loss[-1] if history.loss else None
+        self.n_iter_ = len(history.loss) or start.mixture.n_iter
+        self.validation_scores_ = history.validation or None
+        scores = self.validation_scores_
+        self.best_validation_score_ = max(scores) if scores else None
+        self._n_features_out = self.n_features_in_
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit_target(self, log_density, n_features):
+        """Fit the flow to an unnormalised density instead of rows.
+
+        Minimises the divergence of Kullback and Leibler from the flow to the density
+        (the "reverse" one), which needs nothing but its values: variational inference
+        with a flow, as in section 4 of the paper. ``loss_curve_`` has that divergence,
+        up to minus the logarithm of what the density integrates to.
+
+        Parameters
+        ----------
+        log_density : callable
+            Maps a torch tensor of shape (n, n_features) to the logarithm of the
+            density, of shape (n,), by operations that torch can differentiate. Best if
+            the mass is within a few units of the origin.
+        n_features : int
+            Number of features.
+
+        Returns
+        -------
+        self : object
+            The fitted estimator.
+        """
+        if not callable(log_density):
+            raise TypeError(f"log_density must be callable. Got {log_density!r}.")
+        if not isinstance(n_features, Integral) or n_features < 1:
+            raise ValueError(
+                f"n_features must be a positive integer. Got {n_features!r}."
+            )
+        self.n_features_in_ = int(n_features)
+        if hasattr(self, "feature_names_in_"):
+            del self.feature_names_in_
+        device, seed = self._device(), self._seed()
+        dtype = self._dtype(np.empty(0), device)
+        mixture = GaussianMixtureModel.standard_normal(self.n_features_in_)
+        zero, one = np.zeros(n_features), np.ones(n_features)
+        start = Start(None, Whitening(zero, one, np.eye(n_features)), mixture)
+        module = self._make_flow(mixture, True, False, dtype, device, seed)
+        flow = copy.deepcopy(module).float().train()
+        generator = torch.Generator().manual_seed(seed)
+        settings, times = self._training_settings(), TIMES.flip(0)
+
+        def loss(rows):
+            # where the flow carries N(0, I), its log-density against the other; steps
+            # of fixed length would reward a field for what they get wrong
+            z = torch.randn(rows.shape, generator=generator).to(rows)
+            solution = settings.solve(flow, nn.functional.pad(z, (0, 1)), times)
+            if not solution.success:
+                raise SolverError(solution.failure_report())
+            x, change = solution.y[:, -1, :-1], solution.y[:, -1, -1]
+            losses = flow.log_mixture(x) + change - log_density(x)
+            return losses, solution.stats["n_f_evals"]
+
+        rows = torch.zeros(TARGET_ROWS, n_features, device=device)
+        weight = torch.ones_like(rows[:, 0])
+        data = ((rows, weight, None), (rows[:0], weight[:0], None))
+        history = History()
+        self._run(flow, data, loss, history, generator, LIKELIHOOD_DECAY)
+        module.residual.load_state_dict(flow.residual.state_dict())
+        self._keep(module, start, history)
+        return self
+
+    # --- using the density ------------------------------------------------------------
+
+    def score_samples(self, X):
+        """Return the log-density of rows.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+            Data.
+
+        Returns
+        -------
+        ndarray of shape (n_samples,)
+            Logarithms of the density per unit of volume in the units of X.
+        """
+        check_is_fitted(self)
+        X = self._validate(X)
+        Z, log_det = self._start.forward(X.astype(np.float64, copy=False))
+        logs = self._by_blocks(Z, self._log_density_of_block)
+        return (logs + log_det).astype(X.dtype)
+
+    def score(self, X, y=None, sample_weight=None):
+        """Return the mean log-density of rows.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+            Data.
+        y : None
+            Ignored.
+        sample_weight : array-like of shape (n_samples,), optional
+            Weights of the mean.
+
+        Returns
+        -------
+        float
+            Mean log-density; larger is better.
+        """
+        logs = self.score_samples(X)
+        weight = None
+        if sample_weight is not None:
+            weight = _check_sample_weight(sample_weight, logs)
+        return float(np.average(logs, weights=weight))
+
+    def sample(self, n_samples=1, random_state=None):
+        """Draw rows from the density.
+
+        Parameters
+        ----------
+        n_samples : int, default=1
+            Number of rows.
+        random_state : int, RandomState instance or None, default=None
+            Draws them.
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_features)
+            Rows in the units of X.
+        """
+        check_is_fitted(self)
+        if not isinstance(n_samples, Integral) or n_samples < 1:
+            raise ValueError(
+                f"n_samples must be a positive integer. Got {n_samples!r} instead."
+            )
+        rng = check_random_state(random_state)
+        return self._inverse(rng.normal(size=(int(n_samples), self.n_features_in_)))
+
+    def transform(self, X):
+        """Carry rows to the standard normal distribution.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+            Data.
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_features)
+            What they are at ``t = 0``.
+        """
+        check_is_fitted(self)
+        X = self._validate(X)
+        Z, _ = self._start.forward(X.astype(np.float64, copy=False))
+        Z = self._by_blocks(Z, partial(self._carry, forwards=False))
+        return Z.astype(X.dtype, copy=False)
+
+    def inverse_transform(self, Z):
+        """Carry rows back from the standard normal distribution.
+
+        Parameters
+        ----------
+        Z : array-like of shape (n_samples, n_features)
+            Rows as `transform` returns them.
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_features)
+            Rows in the units of X.
+        """
+        check_is_fitted(self)
+        Z = check_array(Z, dtype=[np.float64, np.float32])
+        if Z.shape[1] != self.n_features_in_:
+            raise ValueError(
+                f"Z has {Z.shape[1]} features, but {type(self).__name__} was fitted "
+                f"with {self.n_features_in_}."
+            )
+        return self._inverse(Z)
+
+    def _inverse(self, Z):
+        carried = self._by_blocks(Z, partial(self._carry, forwards=True))
+        rows = self._start.inverse(carried.astype(np.float64, copy=False))
+        return rows.astype(Z.dtype, copy=False)
+
+    def _carry(self, module, z, settings, forwards):
+        """Return where rows get to, and the solutions on the way."""
+        legs = [(module.velocity, 0.0, 1.0)]
+        if module.finish is not None:
+            legs.append((module.finish.field, 1.0, 2.0))
+        solutions = []
+        for field, start, end in legs if forwards else legs[::-1]:
+            times = [start, end] if forwards else [end, start]
+            solutions.append(settings.solve(field, z, torch.tensor(times)))
+            z = solutions[-1].y[:, -1]
+        return z, solutions
+
+    def _log_density_of_block(self, module, z, settings):
+        """Return log-densities of whitened rows, and the solutions on the way."""
+        change, solutions = 0.0, []
+        if module.finish is not None:
+            state = nn.functional.pad(z, (0, 1))
+            solutions.append(settings.solve(module.finish, state, FINISH_TIMES))
+            z, change = solutions[-1].y[:, -1].split([module.dim, 1], 1)
+            change = change[:, 0]
+        mixture = module.log_mixture(z)
+        if module.residual is not None:
+            state = nn.functional.pad(z, (0, 1))
+            solutions.append(settings.solve(module, state, TIMES))
+            change = change + solutions[-1].y[:, -1, -1]
+        return mixture - change, solutions
+
+    def _by_blocks(self, Z, compute):
+        """Return results for rows, in blocks that are filled up to what solvers like.
+
+        A full block has the same bits in whatever company a row comes.
+        """
+        module = self._module_for_prediction()
+        like = module.mixture.axes
+        single = like.dtype == torch.float32
+        settings = self._solver_settings(like.dtype, SINGLE_TOLERANCE if single else 0)
+        rows_each = min(CHUNK_ROWS, CHUNK_VALUES // module.mixture.variances.numel())
+        rows_each = max(1, rows_each // ROW_BLOCK) * ROW_BLOCK
+        results, failures = [], []
+        with torch.no_grad():
+            for first in range(0, len(Z), rows_each):
+                rows = Z[first : first + rows_each]
+                n, missing = len(rows), -len(rows) % ROW_BLOCK
+                rows = np.concatenate([rows, rows[-1:].repeat(missing, axis=0)])
+                block = torch.from_numpy(rows).to(like.device, like.dtype)
+                result, solutions = compute(module, block, settings)
+                failures += [
+                    s.failure_report() for s in solutions if s.status[:n].any()
+                ]
+                results.append(result[:n].cpu().numpy())
+        if failures:
+            warnings.warn(
+                "The solver did not reach the end for some rows, whose results are "
+                f"those of the last state it reached. {' '.join(failures)}",
+                SolverWarning,
+                stacklevel=stacklevel_of_caller(),
+            )
+        return np.concatenate(results)
+
+    def _module_for_prediction(self):
+        """Return the module on the device that the parameter names now."""
+        device = self._device()
+        if self.module_.mixture.axes.device != device:
+            return copy.deepcopy(self.module_).to(device)
+        return self.module_
+
+    def __sklearn_is_fitted__(self):
+        return hasattr(self, "module_")
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+        return tags
+
+
+def _held_out_log_density(flow, data, refinement=1):
+    """Return the log-density of held-out rows in the units of X."""
+    z, _, log_det = data
+    grids = (
+        make_grid(refinement * VALIDATION_STEPS),
+        make_finish_grid(refinement * FINISH_VALIDATION_STEPS),
+    )
+    with torch.no_grad():
+        parts = [flow.log_density_on(x, *grids) for x in z.split(CHUNK_ROWS)]
+    return (torch.cat(parts).cpu().double() + log_det).numpy()
+
+
+def _undo_finish(flow, data):
+    """Return rows, weights and log-determinants at t = 1."""
+    z, weight, log_det = data
+    if not len(z):
+        return data
+    grid = make_finish_grid(FINISH_VALIDATION_STEPS)
+    with torch.no_grad():
+        parts = [flow.undo_finish(x, grid) for x in z.split(CHUNK_ROWS)]
+    rows, changes = (torch.cat(x) for x in zip(*parts, strict=True))
+    return rows, weight, log_det - changes.cpu().double()

@@ -1,0 +1,78 @@
+"""make_density: the densities are those of the samples."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from sknode.datasets import log_density, make_density
+
+NAMES = (
+    "moons",
+    "circles",
+    "8gaussians",
+    "checkerboard",
+    "pinwheel",
+    "spirals",
+    "rings",
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_density_integrates_to_one_and_predicts_where_samples_fall(name):
+    # a grid whose cells fit the checkerboard
+    edges = np.linspace(-6, 6, 241)
+    centres = (edges[1:] + edges[:-1]) / 2
+    grid = np.stack(np.meshgrid(centres, centres, indexing="ij"), -1)
+    density = np.exp(log_density(name, grid.reshape(-1, 2))).reshape(240, 240)
+    share = density * (edges[1] - edges[0]) ** 2
+    np.testing.assert_allclose(share.sum(), 1.0, atol=1e-6)
+    # coarse cells against samples
+    X, logs = make_density(name, 20_000, random_state=0)
+    coarse = share.reshape(16, 15, 16, 15).sum((1, 3)).ravel()
+    counts = np.histogram2d(*X.T, bins=[edges[::15]] * 2)[0].ravel()
+    kept = coarse * len(X) > 5
+    observed = np.r_[counts[kept], len(X) - counts[kept].sum()]
+    expected = np.r_[coarse[kept], 1 - coarse[kept].sum()] * len(X)
+    few = expected[-1] < 1  # the rest may be nothing at all
+    observed, expected = (x[:-1] if few else x for x in (observed, expected))
+    expected *= observed.sum() / expected.sum()
+    assert stats.chisquare(observed, expected).pvalue > 1e-3
+    # the mean of the log-density is minus the entropy
+    with np.errstate(divide="ignore", invalid="ignore"):
+        entropy = -np.nansum(share * np.log(density))
+    assert abs(logs.mean() + entropy) < 4 * logs.std() / np.sqrt(len(X)) + 1e-6
+
+
+@pytest.mark.parametrize("name", ["moons", "spirals"])
+def test_quadrature_agrees_with_a_much_finer_one(name, monkeypatch):
+    X = np.random.default_rng(0).uniform(-3, 3, size=(200, 2))
+    coarse = log_density(name, X)
+    monkeypatch.setattr("sknode.datasets.PANEL_LENGTH", 0.5)
+    np.testing.assert_allclose(coarse, log_density(name, X), rtol=1e-10)
+
+
+def test_seeds_and_noise():
+    X, logs = make_density("circles", 50, noise=0.3, random_state=1)
+    again, _ = make_density("circles", 50, noise=0.3, random_state=1)
+    np.testing.assert_array_equal(X, again)
+    np.testing.assert_array_equal(logs, log_density("circles", X, noise=0.3))
+    assert (make_density("circles", 50, random_state=2)[0] != X).any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "squares"}, "name must be one of 'moons'"),
+        ({"name": "moons", "noise": 0}, "noise must be a positive number"),
+        ({"name": "checkerboard", "noise": 0.1}, "noise must be None"),
+        ({"name": "moons", "n_samples": 0}, "n_samples must be a positive integer"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_density(**arguments)
+
+
+def test_points_must_be_in_the_plane():
+    with pytest.raises(ValueError, match="2 features"):
+        log_density("moons", np.zeros((3, 3)))
