@@ -102,10 +102,9 @@ def test_a_mixture_of_gaussians_is_found():
 def test_a_network_is_kept_where_a_gaussian_is_wrong():
     X, _ = make_density("circles", 1500, noise=0.15, random_state=0)
     test, _ = make_density("circles", 800, noise=0.15, random_state=1)
-    gaussian = CNFDensity(n_components=1, marginals=False, max_iter=1).fit(X)
-    density = CNFDensity(
-        n_components=1, marginals=False, max_iter=15, random_state=0
-    ).fit(X)
+    settings = {"n_components": 1, "marginals": False, "random_state": 0}
+    gaussian = CNFDensity(max_iter=1, **settings).fit(X)
+    density = CNFDensity(max_iter=25, **settings).fit(X)
     assert density.module_.residual or density.module_.finish
     assert density.score(test) > gaussian.score(test) + 0.05
     assert len(density.validation_scores_) == density.n_iter_
