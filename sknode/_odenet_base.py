@@ -35,8 +35,10 @@ CHUNK_ROWS = 4096
 SMALL_IMAGE = 8
 PIXELS_PER_SHIFT = 16
 
-# Dimensions to let flows of features pass by each other.
+# Dimensions to let flows of a few features pass by each other. Where there are many,
+# they find a way and the dimensions only cost time.
 AUGMENT_DIM = 2
+FEW_FEATURES = 16
 
 
 class BaseODENet(BaseODEEstimator):
@@ -218,7 +220,7 @@ class BaseODENet(BaseODEEstimator):
             "n_outputs": n_outputs,
             "hidden_layer_sizes": self._hidden_layer_sizes(),
             "activation": self.activation,
-            "augment_dim": self._augment_dim(),
+            "augment_dim": self._augment_dim(X.shape[1]),
             "vector_field": self.vector_field,
         }
         if self.image_shape is None:
@@ -234,11 +236,12 @@ class BaseODENet(BaseODEEstimator):
         self._optimizer_state = None
         self._n_epochs = 0
 
-    def _augment_dim(self):
+    def _augment_dim(self, n_features):
         """Resolve augment_dim."""
         if self.augment_dim != "auto":
             return int(self.augment_dim)
-        return AUGMENT_DIM if self.image_shape is None else 0
+        few = self.image_shape is None and n_features <= FEW_FEATURES
+        return AUGMENT_DIM if few else 0
 
     def _image_config(self, X):
         """Return the sizes of the network for images."""

@@ -53,7 +53,8 @@ class ODENetClassifier(ClassifierMixin, BaseODENet):
     augment_dim : int or "auto", default="auto"
         State dimensions (channels, for images) beyond the features. Flows cannot
         cross: with a few dimensions more they can pass by each other [2]_. The flow of
-        a single feature is even monotone. "auto" is 2, and 0 for images.
+        a single feature is even monotone. "auto" is 2, and 0 for images
+        and where there are more than 16 features.
     vector_field : callable, optional
         Makes another vector field than the built-in one: called with the shape of a
         state, a tuple, it returns a `torch.nn.Module` whose ``forward(t, y)`` maps
@@ -516,7 +517,8 @@ class ODENetRegressor(RegressorMixin, BaseODENet):
     augment_dim : int or "auto", default="auto"
         State dimensions (channels, for images) beyond the features. Flows cannot
         cross: with a few dimensions more they can pass by each other [2]_. The flow of
-        a single feature is even monotone. "auto" is 2, and 0 for images.
+        a single feature is even monotone. "auto" is 2, and 0 for images
+        and where there are more than 16 features.
     vector_field : callable, optional
         Makes another vector field than the built-in one: called with the shape of a
         state, a tuple, it returns a `torch.nn.Module` whose ``forward(t, y)`` maps

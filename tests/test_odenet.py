@@ -96,6 +96,13 @@ def test_augmented_dimensions_separate_what_a_flow_cannot():
     assert clf.trajectory(X[:3], n_times=5).shape == (3, 5, 4)
 
 
+@pytest.mark.parametrize(("n_features", "more"), [(1, 2), (16, 2), (17, 0)])
+def test_few_features_get_two_dimensions_more(n_features, more):
+    X = np.random.default_rng(0).normal(size=(40, n_features))
+    clf = ODENetClassifier(max_iter=1).fit(X, X[:, 0] > 0)
+    assert clf.trajectory(X[:2], n_times=2).shape == (2, 2, n_features + more)
+
+
 def test_gradients_through_the_adjoint_and_through_backpropagation_train_alike(moons):
     one = ODENetClassifier(**SHORT).fit(*moons)
     two = ODENetClassifier(gradient="backprop", **SHORT).fit(*moons)
