@@ -19,10 +19,16 @@ from sknode._network import SolverSettings
 from sknode._training import Recipe
 from sknode._warning import stacklevel_of_caller
 from sknode.fields import ACTIVATIONS
-from sknode.ode import METHODS
+from sknode.ode import METHODS, SolverWarning
+from sknode.ode.integrate import ROW_BLOCK
 from sknode.ode.methods import get_method
 
-__all__ = ["SHARED_CONSTRAINTS", "BaseODEEstimator"]
+__all__ = [
+    "SHARED_CONSTRAINTS",
+    "BaseODEEstimator",
+    "padded_blocks",
+    "warn_of_failures",
+]
 
 SHARED_CONSTRAINTS = {
     "hidden_layer_sizes": ["array-like", Interval(Integral, 1, None, closed="left")],
@@ -212,6 +218,36 @@ class BaseODEEstimator(CallbackSupportMixin, BaseEstimator):
                 {k: torch.from_numpy(np.array(v)) for k, v in weights.items()}
             )
             self.module_ = module.eval()
+
+
+def padded_blocks(rows, rows_each):
+    """Yield the rows in blocks filled up to what solvers like, and how many are real.
+
+    A full block has the same bits in whatever company a row comes.
+
+    Parameters
+    ----------
+    rows : ndarray of shape (n, n_columns)
+        Rows, at least one.
+    rows_each : int
+        Size of a block, rounded up to a multiple of the solver's.
+    """
+    rows_each = max(1, -(-rows_each // ROW_BLOCK)) * ROW_BLOCK
+    for first in range(0, len(rows), rows_each):
+        block = rows[first : first + rows_each]
+        n, missing = len(block), -len(block) % ROW_BLOCK
+        yield n, np.concatenate([block, block[-1:].repeat(missing, axis=0)])
+
+
+def warn_of_failures(failures):
+    """Warn about rows that the solver did not finish, by the reports of solutions."""
+    if failures:
+        warnings.warn(
+            "The solver did not reach the end for some rows of X, whose results are "
+            f"those of the last state it reached. {' '.join(failures)}",
+            SolverWarning,
+            stacklevel=stacklevel_of_caller(),
+        )
 
 
 def to_numpy(state):

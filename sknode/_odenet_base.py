@@ -15,13 +15,16 @@ from sklearn.model_selection import train_test_split
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 
-from sknode._base import SHARED_CONSTRAINTS, BaseODEEstimator
+from sknode._base import (
+    SHARED_CONSTRAINTS,
+    BaseODEEstimator,
+    padded_blocks,
+    warn_of_failures,
+)
 from sknode._images import shift_at_random
 from sknode._network import ImageNetwork, TabularNetwork
 from sknode._training import History, make_optimizer, train
 from sknode._warning import stacklevel_of_caller
-from sknode.ode import SolverWarning
-from sknode.ode.integrate import ROW_BLOCK
 
 __all__ = ["BaseODENet", "usable_scale"]
 
@@ -44,8 +47,7 @@ FEW_FEATURES = 16
 class BaseODENet(BaseODEEstimator):
     """Base of the ODE-Nets.
 
-    A subclass says what targets are: `_check_targets`, `_see_targets`, `_encode`,
-    `_losses` and `_validation_score`.
+    A subclass says what targets are, by the first methods below.
     """
 
     _parameter_constraints: ClassVar[dict] = {
@@ -491,23 +493,15 @@ class BaseODENet(BaseODEEstimator):
         ).numpy()
 
     def _chunks(self, X, module, dtype, n_times):
-        """Yield blocks of rows on the device, filled up to what the solver likes."""
+        """Yield blocks of rows on the device, of a size that bounds the memory."""
         device = next(module.parameters()).device
-        rows_each = CHUNK_VALUES // (np.prod(module.state_shape) * max(1, n_times - 1))
-        rows_each = int(min(max(rows_each, 1), CHUNK_ROWS))
-        rows_each = -(-rows_each // ROW_BLOCK) * ROW_BLOCK
-        for start in range(0, len(X), rows_each):
-            rows = X[start : start + rows_each]
-            block = np.zeros((-(-len(rows) // ROW_BLOCK) * ROW_BLOCK, X.shape[1]))
-            block[: len(rows)] = rows
-            block[len(rows) :] = rows[-1]
-            yield len(rows), torch.from_numpy(block).to(device, dtype)
+        values = np.prod(module.state_shape) * max(1, n_times - 1)
+        rows_each = int(min(CHUNK_VALUES // values, CHUNK_ROWS))
+        for n, block in padded_blocks(X, rows_each):
+            yield n, torch.from_numpy(block).to(device, dtype)
 
     def _solve(self, X, read, settings=None, t=None):
-        """Solve for checked rows and return ``read(module, solution)`` for them.
-
-        A full block has the same bits in whatever company a row comes.
-        """
+        """Solve for checked rows and return ``read(module, solution)`` for them."""
         module = self._module_for_prediction()
         dtype = next(module.parameters()).dtype
         settings = settings or self._solver_settings(dtype)
@@ -519,13 +513,7 @@ class BaseODENet(BaseODEEstimator):
                 if solution.status[:n].any():
                     failures.append(solution.failure_report())
                 results.append(read(module, solution)[:n].cpu())
-        if failures:
-            warnings.warn(
-                "The solver did not reach the end for some rows of X, whose results "
-                f"are those of the last state it reached. {' '.join(failures)}",
-                SolverWarning,
-                stacklevel=stacklevel_of_caller(),
-            )
+        warn_of_failures(failures)
         return torch.cat(results)
 
     def _outputs(self, X):

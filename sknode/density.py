@@ -27,7 +27,12 @@ from sklearn.utils.validation import (
 )
 from torch import nn
 
-from sknode._base import SHARED_CONSTRAINTS, BaseODEEstimator
+from sknode._base import (
+    SHARED_CONSTRAINTS,
+    BaseODEEstimator,
+    padded_blocks,
+    warn_of_failures,
+)
 from sknode._density_flow import (
     DYNAMICS,
     DensityFlow,
@@ -48,8 +53,7 @@ from sknode._mixture import GaussianMixtureModel
 from sknode._training import Average, History, make_optimizer, train
 from sknode._warning import stacklevel_of_caller
 from sknode._warp import Whitening, find_collinear, find_constant, kish
-from sknode.ode import SolverError, SolverWarning
-from sknode.ode.integrate import ROW_BLOCK
+from sknode.ode import SolverError
 
 __all__ = ["CNFDensity"]
 
@@ -814,35 +818,22 @@ class CNFDensity(
         return mixture - change, solutions
 
     def _by_blocks(self, Z, compute):
-        """Return results for rows, in blocks that are filled up to what solvers like.
-
-        A full block has the same bits in whatever company a row comes.
-        """
+        """Return results for rows, in blocks of a size that bounds the memory."""
         module = self._module_for_prediction()
         like = module.mixture.axes
         single = like.dtype == torch.float32
         settings = self._solver_settings(like.dtype, SINGLE_TOLERANCE if single else 0)
         rows_each = min(CHUNK_ROWS, CHUNK_VALUES // module.mixture.variances.numel())
-        rows_each = max(1, rows_each // ROW_BLOCK) * ROW_BLOCK
         results, failures = [], []
         with torch.no_grad():
-            for first in range(0, len(Z), rows_each):
-                rows = Z[first : first + rows_each]
-                n, missing = len(rows), -len(rows) % ROW_BLOCK
-                rows = np.concatenate([rows, rows[-1:].repeat(missing, axis=0)])
+            for n, rows in padded_blocks(Z, rows_each):
                 block = torch.from_numpy(rows).to(like.device, like.dtype)
                 result, solutions = compute(module, block, settings)
                 failures += [
                     s.failure_report() for s in solutions if s.status[:n].any()
                 ]
                 results.append(result[:n].cpu().numpy())
-        if failures:
-            warnings.warn(
-                "The solver did not reach the end for some rows, whose results are "
-                f"those of the last state it reached. {' '.join(failures)}",
-                SolverWarning,
-                stacklevel=stacklevel_of_caller(),
-            )
+        warn_of_failures(failures)
         return np.concatenate(results)
 
     def _module_for_prediction(self):
