@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sknode._mixture import GaussianMixtureModel, fit_mixture
-from sknode._warp import Marginals, Whitening
+from sknode._warp import Marginals, Whitening, find_constant
 
 __all__ = ["Start", "choose_start", "fit_start", "is_better"]
 
@@ -56,6 +56,12 @@ class Start:
         Z, log_det = self.forward(X)
         return self.mixture.log_density(Z) + log_det
 
+    def refit(self, X, weight, seed):
+        """Return maps and mixture for all rows, from where they are."""
+        if len(self.mixture.weights) > 1:
+            return fit_start(X, weight, None, None, seed, start=self)
+        return fit_start(X, weight, self.marginals is not None, 1, seed)
+
 
 def fit_start(X, weight, marginals, n_components, seed, start=None):
     """Fit maps and mixture to weighted rows.
@@ -93,7 +99,57 @@ def fit_start(X, weight, marginals, n_components, seed, start=None):
     return Start(warp, whitening, mixture)
 
 
-def choose_start(X, weight, folds, marginals, n_components, seed):
+def choose_start(X, weight, train, marginals, n_components, fraction, seed):
+    """Fit to the rows for training what held-out rows choose.
+
+    Parameters
+    ----------
+    X, weight : ndarray
+        Rows and their weights.
+    train : ndarray of int
+        Indices of the rows that the result is fitted to.
+    marginals : bool or "auto"
+        Whether columns are mapped to normal distributions.
+    n_components : int or "auto"
+        Components of the mixture.
+    fraction : float
+        Share of the rows that is held out; few rows are all held out in turn.
+    seed : int
+        Draws where the mixtures begin, and the rows held out.
+    """
+    n, dim = X.shape
+    if n_components == "auto" and n < 2 * dim:  # nothing beyond a Gaussian can be told
+        marginals, n_components = False, 1
+    elif "auto" in (n_components, marginals):
+        folds = _make_folds(X, weight, fraction, seed)
+        if folds:
+            choices = marginals, n_components
+            marginals, n_components = _compare_starts(X, weight, folds, *choices, seed)
+        else:  # too few rows to hold any out
+            marginals = marginals is True
+            n_components = 1 if n_components == "auto" else n_components
+    rows = np.sort(train)
+    return fit_start(X[rows], weight[rows], bool(marginals), n_components, seed)
+
+
+def _make_folds(X, weight, fraction, seed):
+    """Return pairs of indices: rows to fit to, and rows to judge by."""
+    n = len(X)
+    order = np.random.RandomState(seed).permutation(n)
+    if n < FEW_ROWS:
+        parts = np.array_split(order, min(N_FOLDS, n))
+        folds = [(np.setdiff1d(order, part), part) for part in parts]
+    else:
+        cut = max(1, round(fraction * n))
+        folds = [(order[cut:], order[:cut])]
+    return [
+        (np.sort(a), np.sort(b))
+        for a, b in folds
+        if not find_constant(X[a], weight[a]).any()
+    ]
+
+
+def _compare_starts(X, weight, folds, marginals, n_components, seed):
     """Return what held-out rows choose: (marginals, n_components).
 
     Parameters

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
-import warnings
-from dataclasses import replace
 from functools import partial
 from numbers import Integral
 from typing import ClassVar
@@ -33,27 +30,13 @@ from sknode._base import (
     padded_blocks,
     warn_of_failures,
 )
-from sknode._density_flow import (
-    DYNAMICS,
-    DensityFlow,
-    finish_loss,
-    flow_matching_loss,
-    make_finish_grid,
-    make_grid,
-)
-from sknode._density_start import (
-    FEW_ROWS,
-    N_FOLDS,
-    Start,
-    choose_start,
-    fit_start,
-    is_better,
-)
+from sknode._density_flow import DYNAMICS, DensityFlow
+from sknode._density_rows import hold_out, merge_rows, warn_of_ties
+from sknode._density_start import Start, choose_start
+from sknode._density_training import FlowTrainer
 from sknode._mixture import GaussianMixtureModel
-from sknode._training import Average, History, make_optimizer, train
-from sknode._warning import stacklevel_of_caller
-from sknode._warp import Whitening, find_collinear, find_constant, kish
-from sknode.ode import SolverError
+from sknode._training import History
+from sknode._warp import Whitening
 
 __all__ = ["CNFDensity"]
 
@@ -61,32 +44,15 @@ __all__ = ["CNFDensity"]
 CHUNK_ROWS, CHUNK_VALUES = 4096, 2**22
 # With fewer different rows no network is trained: too few are held out to judge it.
 LEAST_ROWS = 200
-# Held-out rows at which an epoch is judged; all of them judge the result.
-VALIDATION_ROWS = 1000
-# Steps of the likelihood in validation until t = 1; from then on in validation and in
-# training.
-VALIDATION_STEPS = 16
-FINISH_VALIDATION_STEPS, FINISH_STEPS = 12, 4
-# The result is judged with so many times more steps: what a field gained from the
-# error of its steps is lost then.
-REFINEMENT = 4
 # Updates an epoch that are aimed at.
 N_UPDATES = 32
-# Times and noises for a row in an epoch of flow matching.
-N_DRAWS = 8
-# What the moving average of the weights keeps in an update: flow matching is noisier.
-MATCHING_DECAY, LIKELIHOOD_DECAY = 0.998, 0.99
-# Solves inside of training need not be more accurate than this.
-TRAINING_TOLERANCE = 1e-3
 # From the data back to where densities are known.
 FINISH_TIMES = torch.tensor([2.0, 1.0], dtype=torch.float64)
 TIMES = torch.tensor([1.0, 0.0], dtype=torch.float64)
 # In single precision there is no use in asking for more.
 SINGLE_TOLERANCE = 1e-5
-# Rows of an epoch of `fit_target`, all fresh.
-TARGET_ROWS = 2048
-# From so many rows on, a share of equal values in a column that is worth a warning.
-TIED_ROWS, TIED_SHARE = 50, 0.05
+# Solves inside of training need not be more accurate than this.
+TRAINING_TOLERANCE = 1e-3
 
 
 class CNFDensity(
@@ -338,24 +304,32 @@ class CNFDensity(
         dtype, seed = self._dtype(X, device), self._seed()
         self._hidden_layer_sizes()
         X, weight = self._merge(X.astype(np.float64, copy=False), sample_weight)
-        train_rows, held_out = self._split(X, seed)
+        judged = self.early_stopping and len(X) >= LEAST_ROWS
+        fraction = self.validation_fraction if judged else 0
+        rows = hold_out(len(X), fraction, seed)
         if going_on:
             start = self._start
         else:
-            start = self._choose(X, weight, train_rows, held_out, seed)
-        before = self.module_ if going_on else None
+            choices = self.marginals, self.n_components, self.validation_fraction
+            start = choose_start(X, weight, rows[0], *choices, seed)
         history = History()
         context = self._init_callback_context(max_subtasks=self.max_iter)
         context.call_on_fit_task_begin(estimator=self, X=X, y=None)
-        module = self._make_flow(start.mixture, False, False, dtype, device, seed)
-        if len(held_out) or not self.early_stopping:
-            rows = (train_rows, held_out)
-            module = self._train(module, start, X, weight, rows, history, seed, before)
-        alone = module.residual is None and module.finish is None
-        if alone and len(held_out) and not going_on:
+        finish = residual = None
+        if judged or not self.early_stopping:
+            trainer = self._trainer(start.mixture, device, seed, history)
+            Z, log_det = start.forward(X)
+            data = [_to_tensors(device, Z[r], weight[r], log_det[r]) for r in rows]
+            before = self.module_ if going_on else None
+            finish, residual = trainer.fit(data, self.refine, before)
+        if residual is None and finish is None and judged and not going_on:
             # the rows that were held out have done their work
-            start = self._refit(start, X, weight, seed)
-            module.set_mixture(start.mixture)
+            start = start.refit(X, weight, seed)
+        has = residual is not None, finish is not None
+        module = self._make_flow(start.mixture, *has, dtype, device, seed)
+        for mine, trained in ((module.finish, finish), (module.residual, residual)):
+            if trained is not None:
+                mine.load_state_dict(trained.state_dict())
         self._keep(module, start, history)
         context.call_on_fit_task_end(
             estimator=self, X=X, y=None, reconstruction_attributes={}
@@ -375,93 +349,12 @@ class CNFDensity(
         )
         kept = weight > 0
         X, weight = X[kept], weight[kept]
-        self._warn_of_ties(X)
-        X, group = np.unique(X, axis=0, return_inverse=True)
-        weight = np.bincount(group.ravel(), weights=weight)
-        if len(X) < 2:
-            raise ValueError(
-                "X must have at least 2 different rows with positive weight. Got "
-                f"n_samples = {len(X)}."
-            )
-        constant = find_constant(X, weight)
-        if constant.any():
-            raise ValueError(
-                "X has constant columns, which have no density: "
-                f"{self._name_columns(constant)}. Drop them."
-            )
-        if len(X) > X.shape[1]:
-            collinear = find_collinear(X, weight)
-            if collinear.any():
-                warnings.warn(
-                    "X has columns that are linear combinations of each other, so that "
-                    f"it has no density: among {self._name_columns(collinear)}. Drop "
-                    "some of them. The density is that with a little noise.",
-                    UserWarning,
-                    stacklevel=stacklevel_of_caller(),
-                )
-        # their sum is the number of rows that they amount to
-        return X, weight * (kish(weight) / weight.sum())
+        warn_of_ties(X, self._name_columns)
+        return merge_rows(X, weight, self._name_columns)
 
     def _name_columns(self, mask):
         names = getattr(self, "feature_names_in_", np.arange(self.n_features_in_))
         return ", ".join(str(name) for name in names[mask])
-
-    def _warn_of_ties(self, X):
-        """Warn about columns that look discrete."""
-        if len(X) < TIED_ROWS:
-            return
-        most = np.array([np.unique(c, return_counts=True)[1].max() for c in X.T])
-        tied = (most > TIED_SHARE * len(X)) & (most < len(X))
-        if tied.any():
-            warnings.warn(
-                "X has columns in which a value occurs again and again: "
-                f"{self._name_columns(tied)}. Discrete values have no density. Add "
-                "uniform noise as wide as their resolution.",
-                UserWarning,
-                stacklevel=stacklevel_of_caller(),
-            )
-
-    def _split(self, X, seed):
-        """Return the rows to train a network on, and those to judge it."""
-        order = np.random.RandomState(seed).permutation(len(X))
-        if len(X) < LEAST_ROWS or not self.early_stopping:
-            return order, order[:0]
-        n_held_out = max(1, round(self.validation_fraction * len(X)))
-        return order[n_held_out:], order[:n_held_out]
-
-    def _choose(self, X, weight, train_rows, held_out, seed):
-        """Fit where the flow starts, to the rows for training."""
-        n, dim = X.shape
-        marginals, k = bool(self.marginals is True), self.n_components
-        if k == "auto" and n < 2 * dim:
-            # nothing beyond a Gaussian can be told
-            marginals, k = False, 1
-        elif k == "auto" or self.marginals == "auto":
-            order = np.random.RandomState(seed).permutation(n)
-            if n < FEW_ROWS:
-                parts = np.array_split(order, min(N_FOLDS, n))
-                folds = [(np.setdiff1d(order, part), part) for part in parts]
-            else:
-                cut = max(1, round(self.validation_fraction * n))
-                folds = [(order[cut:], order[:cut])]
-            folds = [
-                (np.sort(a), np.sort(b))
-                for a, b in folds
-                if not find_constant(X[a], weight[a]).any()
-            ]
-            if folds:
-                marginals, k = choose_start(X, weight, folds, self.marginals, k, seed)
-            elif k == "auto":
-                k = 1
-        rows = np.sort(train_rows)
-        return fit_start(X[rows], weight[rows], marginals, k, seed)
-
-    def _refit(self, start, X, weight, seed):
-        """Fit maps and mixture to all rows, from where they are."""
-        if len(start.mixture.weights) > 1:
-            return fit_start(X, weight, None, None, seed, start=start)
-        marginals = start.marginals is not None
-        return fit_start(X, weight, marginals, 1, seed)
 
     def _make_flow(self, mixture, residual, finish, dtype, device, seed):
         """Return a flow that starts as the mixture."""
@@ -481,126 +374,21 @@ class CNFDensity(
     def _make_module(self, **config):
         return DensityFlow(**config)
 
-    # --- training ---------------------------------------------------------------------
+    def _trainer(self, mixture, device, seed, history):
+        """Return what trains the networks."""
 
-    def _train(self, module, start, X, weight, rows, history, seed, before):
-        """Train the networks, one after the other; return the flow with the good ones.
-
-        Each of them is trained in single precision, on the rows as they are at its end
-        of the flow.
-        """
-        like = module.mixture.axes
-        Z, log_det = start.forward(X)
-        Z = torch.from_numpy(Z).to(like.device, torch.float32)
-        weight = torch.from_numpy(weight).to(like.device, torch.float32)
-        log_det = torch.from_numpy(log_det)
-        data = [tuple(x[part] for x in (Z, weight, log_det)) for part in rows]
-        generator = torch.Generator().manual_seed(seed)
-
-        def make(residual, finish, dtype=torch.float32):
-            args = (start.mixture, residual, finish, dtype, like.device, seed)
+        def make(residual, finish):
+            args = (mixture, residual, finish, torch.float32, device, seed)
             return self._make_flow(*args)
 
-        finish = residual = None
-        if self.refine:
-            flow = make(False, True)
-            if before is not None and before.finish is not None:
-                flow.finish.load_state_dict(before.finish.state_dict())
-            if self._train_finish(flow, data, history, generator):
-                finish = flow.finish
-                data = [_undo_finish(flow, part) for part in data]
-        flow = make(True, False)
-        if before is not None and before.residual is not None:
-            flow.residual.load_state_dict(before.residual.state_dict())
-        if self._train_residual(flow, data, history, generator):
-            residual = flow.residual
-        module = make(residual is not None, finish is not None, like.dtype)
-        for mine, trained in ((module.finish, finish), (module.residual, residual)):
-            if trained is not None:
-                mine.load_state_dict(trained.state_dict())
-        return module
-
-    def _train_finish(self, flow, data, history, generator):
-        """Train what is next to the data by its likelihood."""
-
-        def loss(rows):
-            losses = finish_loss(flow, rows, FINISH_STEPS, generator)
-            return losses, torch.full_like(losses, 4 * FINISH_STEPS)
-
-        return self._run(flow, data, loss, history, generator, LIKELIHOOD_DECAY)
-
-    def _train_residual(self, flow, data, history, generator):
-        """Train what is added to the velocity of the mixture, by the objective."""
-        if self.objective == "likelihood":
-            loss = self._likelihood_through_the_solver(flow)
-            return self._run(flow, data, loss, history, generator, LIKELIHOOD_DECAY)
-
-        def loss(rows):
-            losses = flow_matching_loss(flow, rows, N_DRAWS, generator)
-            return losses, torch.full_like(losses, N_DRAWS)
-
-        return self._run(flow, data, loss, history, generator, MATCHING_DECAY)
-
-    def _training_settings(self):
-        return self._solver_settings(torch.float32, TRAINING_TOLERANCE)
-
-    def _likelihood_through_the_solver(self, flow):
-        """Return the objective that simulates and differentiates."""
-        settings = self._training_settings()
-
-        def loss(rows):
-            state = nn.functional.pad(rows, (0, 1))
-            solution = settings.solve(flow, state, TIMES)
-            if not solution.success:
-                raise SolverError(solution.failure_report())
-            losses = solution.y[:, -1, -1] - flow.log_mixture(rows)
-            return losses, solution.stats["n_f_evals"]
-
-        return loss
-
-    def _run(self, flow, data, loss, history, generator, decay):
-        """Train the flow, which gets the best average of its weights.
-
-        Returns whether that is better than it was, as far as held-out rows can tell.
-        """
-        (rows, weight, _), held_out = data
-        recipe = self._recipe(len(rows), self.max_iter, N_UPDATES)
-        # the loss is a sum over features whose size differs from data to data
-        recipe = replace(recipe, gradient_bound=math.inf, ends=True)
-        average, validate, current = Average(flow, decay), None, History()
-        if len(held_out[0]):
-            few = tuple(x[:VALIDATION_ROWS] for x in held_out)
-            shares = few[1].cpu().numpy()
-
-            def validate():
-                logs = _held_out_log_density(average.module, few)
-                return float(np.average(logs, weights=shares))
-
-            before = _held_out_log_density(flow, held_out, REFINEMENT)
-        try:
-            train(
-                flow,
-                (rows,),
-                weight,
-                loss,
-                make_optimizer(flow, recipe),
-                recipe,
-                generator,
-                current,
-                validate=validate,
-                average=average,
-            )
-        except KeyboardInterrupt:
-            warnings.warn(
-                "Training interrupted by user.", stacklevel=stacklevel_of_caller()
-            )
-        history.loss += current.loss
-        history.nfe += current.nfe
-        history.validation += current.validation
-        if validate is None:
-            return True
-        after = _held_out_log_density(flow, held_out, REFINEMENT)
-        return is_better(after, before, held_out[1].cpu().numpy())
+        return FlowTrainer(
+            make=make,
+            recipe=partial(self._recipe, max_iter=self.max_iter, n_updates=N_UPDATES),
+            settings=self._solver_settings(torch.float32, TRAINING_TOLERANCE),
+            objective=self.objective,
+            generator=torch.Generator().manual_seed(seed),
+            history=history,
+        )
 
     def _keep(self, module, start, history):
         """Set the fitted attributes."""
@@ -652,27 +440,11 @@ class CNFDensity(
         mixture = GaussianMixtureModel.standard_normal(self.n_features_in_)
         zero, one = np.zeros(n_features), np.ones(n_features)
         start = Start(None, Whitening(zero, one, np.eye(n_features)), mixture)
-        module = self._make_flow(mixture, True, False, dtype, device, seed)
-        flow = copy.deepcopy(module).float().train()
-        generator = torch.Generator().manual_seed(seed)
-        settings, times = self._training_settings(), TIMES.flip(0)
-
-        def loss(rows):
-            # where the flow carries N(0, I), its log-density against the other; steps
-            # of fixed length would reward a field for what they get wrong
-            z = torch.randn(rows.shape, generator=generator).to(rows)
-            solution = settings.solve(flow, nn.functional.pad(z, (0, 1)), times)
-            if not solution.success:
-                raise SolverError(solution.failure_report())
-            x, change = solution.y[:, -1, :-1], solution.y[:, -1, -1]
-            losses = flow.log_mixture(x) + change - log_density(x)
-            return losses, solution.stats["n_f_evals"]
-
-        rows = torch.zeros(TARGET_ROWS, n_features, device=device)
-        weight = torch.ones_like(rows[:, 0])
-        data = ((rows, weight, None), (rows[:0], weight[:0], None))
         history = History()
-        self._run(flow, data, loss, history, generator, LIKELIHOOD_DECAY)
+        trainer = self._trainer(mixture, device, seed, history)
+        flow = trainer.make(True, False)
+        trainer.fit_target(flow, log_density)
+        module = self._make_flow(mixture, True, False, dtype, device, seed)
         module.residual.load_state_dict(flow.residual.state_dict())
         self._keep(module, start, history)
         return self
@@ -852,25 +624,7 @@ class CNFDensity(
         return tags
 
 
-def _held_out_log_density(flow, data, refinement=1):
-    """Return the log-density of held-out rows in the units of X."""
-    z, _, log_det = data
-    grids = (
-        make_grid(refinement * VALIDATION_STEPS),
-        make_finish_grid(refinement * FINISH_VALIDATION_STEPS),
-    )
-    with torch.no_grad():
-        parts = [flow.log_density_on(x, *grids) for x in z.split(CHUNK_ROWS)]
-    return (torch.cat(parts).cpu().double() + log_det).numpy()
-
-
-def _undo_finish(flow, data):
-    """Return rows, weights and log-determinants at t = 1."""
-    z, weight, log_det = data
-    if not len(z):
-        return data
-    grid = make_finish_grid(FINISH_VALIDATION_STEPS)
-    with torch.no_grad():
-        parts = [flow.undo_finish(x, grid) for x in z.split(CHUNK_ROWS)]
-    rows, changes = (torch.cat(x) for x in zip(*parts, strict=True))
-    return rows, weight, log_det - changes.cpu().double()
+def _to_tensors(device, Z, weight, log_det):
+    """Return whitened rows and their weights in single precision, and log_det."""
+    single = (torch.from_numpy(x).to(device, torch.float32) for x in (Z, weight))
+    return (*single, torch.from_numpy(log_det))

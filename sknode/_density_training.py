@@ -1,0 +1,214 @@
+"""How the networks of `CNFDensity` are trained and judged."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sknode._density_flow import (
+    DensityFlow,
+    finish_loss,
+    flow_matching_loss,
+    make_finish_grid,
+    make_grid,
+)
+from sknode._density_start import is_better
+from sknode._network import SolverSettings
+from sknode._training import Average, History, Recipe, make_optimizer, train
+from sknode._warning import stacklevel_of_caller
+from sknode.ode import SolverError
+
+__all__ = ["FlowTrainer"]
+
+# Rows are evaluated in blocks of so many.
+CHUNK_ROWS = 4096
+# Held-out rows at which an epoch is judged; all of them judge the result.
+VALIDATION_ROWS = 1000
+# Steps of the likelihood in validation until t = 1; from then on in validation and in
+# training.
+VALIDATION_STEPS = 16
+FINISH_VALIDATION_STEPS, FINISH_STEPS = 12, 4
+# The result is judged with so many times more steps: what a field gained from the
+# error of its steps is lost then.
+REFINEMENT = 4
+# Times and noises for a row in an epoch of flow matching.
+N_DRAWS = 8
+# What the moving average of the weights keeps in an update: flow matching is noisier.
+MATCHING_DECAY, LIKELIHOOD_DECAY = 0.998, 0.99
+# From the data back to the base.
+TIMES = torch.tensor([1.0, 0.0], dtype=torch.float64)
+# Rows of an epoch of `fit_target`, all fresh.
+TARGET_ROWS = 2048
+
+
+@dataclass
+class FlowTrainer:
+    """Trains the networks of a flow, one after the other.
+
+    All of it is in single precision.
+
+    Attributes
+    ----------
+    make : callable
+        ``make(residual, finish)`` returns a flow that starts as the mixture.
+    recipe : callable
+        ``recipe(n_rows)`` returns how to train on so many rows.
+    settings : SolverSettings
+        For objectives that simulate.
+    objective : {"flow_matching", "likelihood"}
+        That of the residual network.
+    generator : torch.Generator
+        Draws batches, times and noises.
+    history : History
+        Gets an entry an epoch.
+    """
+
+    make: Callable[[bool, bool], DensityFlow]
+    recipe: Callable[[int], Recipe]
+    settings: SolverSettings
+    objective: str
+    generator: torch.Generator
+    history: History
+
+    def fit(self, data, refine, before=None):
+        """Train on rows; return the finish and the residual, None where no good.
+
+        Parameters
+        ----------
+        data : pair of (rows, weights, log_dets)
+            For training and held out: whitened rows (n, dim), their weights (n,) and
+            log-determinants (n,) of the map to them.
+        refine : bool
+            Whether a finish is trained before the residual.
+        before : DensityFlow, optional
+            Flow whose networks are trained on.
+        """
+        finish = residual = None
+        if refine:
+            flow = self.make(False, True)
+            if before is not None and before.finish is not None:
+                flow.finish.load_state_dict(before.finish.state_dict())
+            if self._fit_finish(flow, data):
+                finish = flow.finish
+                # the residual is trained on the rows as they are at its end
+                data = [_undo_finish(flow, part) for part in data]
+        flow = self.make(True, False)
+        if before is not None and before.residual is not None:
+            flow.residual.load_state_dict(before.residual.state_dict())
+        if self._fit_residual(flow, data):
+            residual = flow.residual
+        return finish, residual
+
+    def fit_target(self, flow, log_density):
+        """Minimise the reverse divergence to an unnormalised log-density."""
+        times = TIMES.flip(0)
+
+        def loss(rows):
+            # where the flow carries N(0, I), its log-density against the other; steps
+            # of fixed length would reward a field for what they get wrong
+            z = torch.randn(rows.shape, generator=self.generator).to(rows)
+            solution = self._solve(flow, nn.functional.pad(z, (0, 1)), times)
+            x, change = solution.y[:, -1, :-1], solution.y[:, -1, -1]
+            losses = flow.log_mixture(x) + change - log_density(x)
+            return losses, solution.stats["n_f_evals"]
+
+        rows = torch.zeros(TARGET_ROWS, flow.dim, device=flow.mixture.axes.device)
+        weight = torch.ones_like(rows[:, 0])
+        data = ((rows, weight, None), (rows[:0], weight[:0], None))
+        self._run(flow, data, loss, LIKELIHOOD_DECAY)
+
+    def _fit_finish(self, flow, data):
+        """Train what is next to the data by its likelihood."""
+
+        def loss(rows):
+            losses = finish_loss(flow, rows, FINISH_STEPS, self.generator)
+            return losses, torch.full_like(losses, 4 * FINISH_STEPS)
+
+        return self._run(flow, data, loss, LIKELIHOOD_DECAY)
+
+    def _fit_residual(self, flow, data):
+        """Train what is added to the velocity of the mixture, by the objective."""
+
+        def matching(rows):
+            losses = flow_matching_loss(flow, rows, N_DRAWS, self.generator)
+            return losses, torch.full_like(losses, N_DRAWS)
+
+        def likelihood(rows):
+            solution = self._solve(flow, nn.functional.pad(rows, (0, 1)), TIMES)
+            losses = solution.y[:, -1, -1] - flow.log_mixture(rows)
+            return losses, solution.stats["n_f_evals"]
+
+        if self.objective == "likelihood":
+            return self._run(flow, data, likelihood, LIKELIHOOD_DECAY)
+        return self._run(flow, data, matching, MATCHING_DECAY)
+
+    def _solve(self, flow, state, times):
+        """Return the solution, through which gradients can be taken."""
+        solution = self.settings.solve(flow, state, times)
+        if not solution.success:
+            raise SolverError(solution.failure_report())
+        return solution
+
+    def _run(self, flow, data, loss, decay):
+        """Train the flow, which gets the best average of its weights.
+
+        Returns whether that is better than it was, as far as held-out rows can tell.
+        """
+        (rows, weight, _), held_out = data
+        # the loss is a sum over features whose size differs from data to data
+        recipe = replace(self.recipe(len(rows)), gradient_bound=math.inf, ends=True)
+        average, validate, current = Average(flow, decay), None, History()
+        if len(held_out[0]):
+            few = tuple(x[:VALIDATION_ROWS] for x in held_out)
+            shares = few[1].cpu().numpy()
+
+            def validate():
+                logs = _log_density(average.module, few)
+                return float(np.average(logs, weights=shares))
+
+            before = _log_density(flow, held_out, REFINEMENT)
+        optimizer = make_optimizer(flow, recipe)
+        arguments = (flow, (rows,), weight, loss, optimizer, recipe, self.generator)
+        try:
+            train(*arguments, current, validate=validate, average=average)
+        except KeyboardInterrupt:
+            warnings.warn(
+                "Training interrupted by user.", stacklevel=stacklevel_of_caller()
+            )
+        self.history.loss += current.loss
+        self.history.nfe += current.nfe
+        self.history.validation += current.validation
+        if validate is None:
+            return True
+        after = _log_density(flow, held_out, REFINEMENT)
+        return is_better(after, before, held_out[1].cpu().numpy())
+
+
+def _log_density(flow, data, refinement=1) -> np.ndarray:
+    """Return the log-density of rows in the units of X."""
+    z, _, log_det = data
+    grids = (
+        make_grid(refinement * VALIDATION_STEPS),
+        make_finish_grid(refinement * FINISH_VALIDATION_STEPS),
+    )
+    with torch.no_grad():
+        parts = [flow.log_density_on(x, *grids) for x in z.split(CHUNK_ROWS)]
+    return (torch.cat(parts).cpu().double() + log_det).numpy()
+
+
+def _undo_finish(flow, data) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rows, weights and log-determinants at t = 1."""
+    z, weight, log_det = data
+    if not len(z):
+        return data
+    grid = make_finish_grid(FINISH_VALIDATION_STEPS)
+    with torch.no_grad():
+        parts = [flow.undo_finish(x, grid) for x in z.split(CHUNK_ROWS)]
+    rows, changes = (torch.cat(x) for x in zip(*parts, strict=True))
+    return rows, weight, log_det - changes.cpu().double()
