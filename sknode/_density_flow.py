@@ -198,6 +198,20 @@ def flow_matching_loss(
 def finish_loss(
     flow: DensityFlow, x: Tensor, n_steps: int, generator: torch.Generator
 ) -> Tensor:
-    """Return minus the log-densities (n,) for a flow of mixture and finish."""
-    y, change = flow.undo_finish(x, make_finish_grid(n_steps, generator))
-    return change - flow.log_mixture(y)
+    """Return minus the log-densities (n,) for a flow of mixture and finish.
+
+    Added is the square of what every other time alone would get differently: without
+    it the likelihood rewards a field for the errors of the steps. It is a
+    regularisation by the solver's own error estimate [1]_, and small for a field that
+    the steps resolve.
+
+    References
+    ----------
+    .. [1] Pal, Ma, Shah & Rackauckas, "Opening the Blackbox: Accelerating Neural
+       Differential Equations by Regularizing Internal Solver Heuristics", ICML 2021.
+    """
+    grid = make_finish_grid(n_steps, generator)
+    y, change = flow.undo_finish(x, grid)
+    coarse_y, coarse_change = flow.undo_finish(x, grid[::2])
+    error = (coarse_y - y).square().sum(1) + (coarse_change - change).square()
+    return change - flow.log_mixture(y) + error

@@ -13,7 +13,7 @@ __all__ = ["Start", "choose_start", "fit_start", "is_better"]
 
 # Mixtures of 1, 2, 4, ... components are tried, up to so many, as long as each of them
 # has rows enough; those beyond the first limit with the better map of the columns only.
-FEW_COMPONENTS, MOST_COMPONENTS = 16, 64
+FEW_COMPONENTS, MOST_COMPONENTS = 16, 256
 # Components of the mixture that is the distribution of a single column.
 MARGINAL_COMPONENTS = 12
 # With fewer rows all of them are held out in turn, in so many parts.

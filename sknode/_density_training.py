@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -128,7 +127,7 @@ class FlowTrainer:
 
         def loss(rows):
             losses = finish_loss(flow, rows, FINISH_STEPS, self.generator)
-            return losses, torch.full_like(losses, 4 * FINISH_STEPS)
+            return losses, torch.full_like(losses, 6 * FINISH_STEPS)
 
         return self._run(flow, data, loss, LIKELIHOOD_DECAY)
 
@@ -162,7 +161,7 @@ class FlowTrainer:
         """
         (rows, weight, _), held_out = data
         # the loss is a sum over features whose size differs from data to data
-        recipe = replace(self.recipe(len(rows)), gradient_bound=math.inf, ends=True)
+        recipe = replace(self.recipe(len(rows)), gradient_bound=None, ends=True)
         average, validate, current = Average(flow, decay), None, History()
         if len(held_out[0]):
             few = tuple(x[:VALIDATION_ROWS] for x in held_out)

@@ -16,6 +16,10 @@ __all__ = ["GaussianMixtureModel", "fit_mixture"]
 # A component acts as if it had also seen one row at its mean, whose covariance is this
 # times the identity: it cannot collapse onto a row. Data are whitened.
 PRIOR_VARIANCE = 1e-4
+# Beyond this, squares of features have lost what covariances are made of.
+LARGEST = 1e3
+# Numbers in a block of features.
+BLOCK_VALUES = 2**20
 # Steps of k-means that seed the components, and tries for each seed (k-means++).
 SEED_STEPS, SEED_TRIES = 5, 4
 
@@ -86,23 +90,100 @@ def fit_mixture(X, weight, n_components, rng, *, start=None, max_iter=100, tol=1
     -------
     GaussianMixtureModel
     """
+    iterate = _iterate if np.abs(X).max() > LARGEST else _Moments(*X.shape).iterate
     if start is None:
         shares = _seed(X, weight, n_components, rng)
         start = _maximise(X, shares * weight[:, None])
     model, last = start, -math.inf
     for n_iter in range(1, max_iter + 1):
-        joint = model.joint(X)
-        total = logsumexp(joint, axis=1, keepdims=True)
-        likelihood = np.average(total[:, 0], weights=weight)
+        likelihood, following = iterate(X, weight, model, n_iter)
         if likelihood < last + tol:
             break
-        last = likelihood
-        model = _maximise(X, np.exp(joint - total) * weight[:, None], n_iter)
+        last, model = likelihood, following
     return model
 
 
+def _iterate(X, weight, model, n_iter):
+    """Return the mean log-density, and the mixture of the next iteration."""
+    joint = model.joint(X)
+    total = logsumexp(joint, axis=1, keepdims=True)
+    shares = np.exp(joint - total) * weight[:, None]
+    return np.average(total[:, 0], weights=weight), _maximise(X, shares, n_iter)
+
+
+class _Moments:
+    """Steps of expectation and maximisation, by two products of matrices each.
+
+    Log-densities of Gaussians are linear in the products of two features, and so are
+    the moments that new ones are made from.
+
+    Parameters
+    ----------
+    n, dim : int
+        Number of rows and of features.
+    """
+
+    def __init__(self, n, dim):
+        self.dim = dim
+        self.pairs = np.triu_indices(self.dim)
+        rows = max(1, BLOCK_VALUES // (self.dim + len(self.pairs[0])))
+        self.blocks = [slice(i, i + rows) for i in range(0, n, rows)]
+
+    def _features(self, X):
+        """Return a one, the features and their products (m, p)."""
+        first, second = self.pairs
+        return np.concatenate(
+            [np.ones((len(X), 1)), X, X[:, first] * X[:, second]], axis=1
+        )
+
+    def _coefficients(self, model):
+        """Return what features are multiplied with (p, k), for the joint logarithms."""
+        root = np.linalg.inv(np.linalg.cholesky(model.covariances))
+        precisions = root.transpose(0, 2, 1) @ root
+        linear = np.einsum("kij,kj->ki", precisions, model.means)
+        logs = np.log(model.weights) - 0.5 * self.dim * math.log(2 * math.pi)
+        logs += np.log(np.diagonal(root, axis1=1, axis2=2)).sum(1)
+        logs -= 0.5 * (linear * model.means).sum(1)
+        first, second = self.pairs
+        # products of different features occur once here, twice in a square
+        square = -np.where(first == second, 0.5, 1.0) * precisions[:, first, second]
+        return np.concatenate([logs[:, None], linear, square], axis=1).T
+
+    def iterate(self, X, weight, model, n_iter):
+        """Return the mean log-density, and the mixture of the next iteration."""
+        coefficients, likelihood, sums = self._coefficients(model), 0.0, 0.0
+        for block in self.blocks:
+            features, mass = self._features(X[block]), weight[block]
+            joint = features @ coefficients
+            most = joint.max(axis=1, keepdims=True)
+            shares = np.exp(joint - most, out=joint)
+            total = shares.sum(axis=1, keepdims=True)
+            likelihood += mass @ (most + np.log(total))[:, 0]
+            shares *= mass[:, None] / total
+            sums = sums + shares.T @ features
+        return likelihood / weight.sum(), self._model(sums, n_iter)
+
+    def _model(self, sums, n_iter):
+        """Return the mixture of sums (k, p) of the features."""
+        d = self.dim
+        count = sums[:, 0] + 1e-10
+        means = sums[:, 1 : d + 1] / count[:, None]
+        first, second = self.pairs
+        scatter = np.empty((len(count), d, d))
+        scatter[:, first, second] = scatter[:, second, first] = (
+            sums[:, d + 1 :] - count[:, None] * means[:, first] * means[:, second]
+        )
+        scatter[:, range(d), range(d)] += PRIOR_VARIANCE
+        covariances = scatter / (count + 1.0)[:, None, None]
+        return GaussianMixtureModel(count / count.sum(), means, covariances, n_iter)
+
+
 def _maximise(X, shares, n_iter=1):
-    """Return the mixture of the weighted moments (n, k)."""
+    """Return the mixture of weighted shares (n, k).
+
+    Centred before it is squared: for rows so far out that the other way round nothing
+    but rounding would be left.
+    """
     d = X.shape[1]
     count = shares.sum(0) + 1e-10
     means = shares.T @ X / count[:, None]

@@ -20,6 +20,10 @@ from sknode.ode import SolverError
 __all__ = ["Average", "History", "Recipe", "make_optimizer", "train"]
 
 
+# Updates that the median norm of gradients is taken of.
+RECENT = 1000
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How to train: the learning parameters of an estimator, resolved."""
@@ -33,7 +37,9 @@ class Recipe:
     total_weight: float | None = None  # that alpha is divided by, if not of the data
     # A step follows a gradient of at most this norm: a batch with an outlier then does
     # not undo what the others taught.
-    gradient_bound: float = 1.0
+    # None is the median norm so far, for losses whose size differs from data to data:
+    # the "AutoClip" of Seetharaman, Wichern, Pardo & Le Roux (MLSP 2020).
+    gradient_bound: float | None = 1.0
     ends: bool = True  # whether max_iter is the end, and no later call goes on
     verbose: bool = False
     name: str = "estimator"
@@ -152,7 +158,7 @@ def train(
     n_batches = math.ceil(n / recipe.batch_size)
     parameters = [p for p in module.parameters() if p.requires_grad]
     penalize(optimizer, recipe.alpha / (recipe.total_weight or float(weight.sum())))
-    best = None
+    best, norms = None, []
     followed = module if average is None else average.module
     for epoch in range(recipe.max_iter):
         started = time.perf_counter()
@@ -174,8 +180,7 @@ def train(
                     f"{len(history.loss) + 1} of the training. {error} If the training "
                     "diverges, lower learning_rate_init or raise alpha."
                 ) from error
-            if recipe.gradient_bound < math.inf:
-                nn.utils.clip_grad_norm_(parameters, recipe.gradient_bound)
+            clip(parameters, recipe.gradient_bound, norms)
             optimizer.step()
             if average is not None:
                 average.update(module)
@@ -214,6 +219,18 @@ def train(
             for p, value in zip(module.parameters(), best, strict=True):
                 p.copy_(value)
     return epoch + 1
+
+
+def clip(parameters, bound, norms) -> None:
+    """Shorten the gradient to a bound, or to the median of the norms, kept here."""
+    if bound is not None:
+        nn.utils.clip_grad_norm_(parameters, bound)
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms.append(nn.utils.get_total_norm(gradients))
+    recent = torch.stack(norms[-RECENT:])
+    bound = recent[recent.isfinite()].median()
+    nn.utils.clip_grads_with_norm_(parameters, bound, norms[-1])
 
 
 def penalize(optimizer: torch.optim.Optimizer, alpha: float) -> None:
