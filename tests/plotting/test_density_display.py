@@ -1,5 +1,7 @@
 """Pictures of densities: what is on the axes, and what is refused."""
 
+import sys
+
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -114,7 +116,7 @@ def test_draws_again_into_given_axes(density, moons):
     assert display.figure_ is figure and display.axes_[0] is axes[0]
     assert display.plot(axes, plot_method="pcolormesh", cmap="Blues") is display
     assert display.surface_.get_cmap().name == "Blues"
-    with pytest.raises(ValueError, match="2 axes. Got 1"):
+    with pytest.raises(ValueError, match="2 axes"):
         display.plot(axes[0])
 
 
@@ -151,6 +153,6 @@ def test_refuses_estimators_that_are_not_fitted_or_know_no_density(moons):
 
 
 def test_without_matplotlib_the_error_names_the_extra(monkeypatch, density, moons):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.pyplot", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(ImportError, match=r"sknode\[plot\]"):
         DensityDisplay.from_estimator(density, moons)
