@@ -365,7 +365,7 @@ def draw(args, figure_4, figure_5):
         row[-1].set_title(f"NF: {results[2]:.3f}", fontsize=8)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
-    figure.savefig(args.plot, dpi=65)
+    figure.savefig(args.plot, dpi=60)
     print(f"\nThe picture is in {args.plot}.")
 
 
