@@ -16,6 +16,7 @@ __all__ = [
     "datasets",
     "fields",
     "ode",
+    "plotting",
     "show_versions",
 ]
 
@@ -32,7 +33,7 @@ _HOME = {
 def __getattr__(name):
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
-    if name in ("ode", "fields", "datasets"):
+    if name in ("ode", "fields", "datasets", "plotting"):
         return import_module(f"sknode.{name}")
     raise AttributeError(f"module 'sknode' has no attribute {name!r}")
 

@@ -562,6 +562,49 @@ class CNFDensity(
         rows = self._start.inverse(carried.astype(np.float64, copy=False))
         return rows.astype(Z.dtype, copy=False)
 
+    def trajectory(self, X, n_times=50):
+        """Follow rows from the normal distribution to the data.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+            Data.
+        n_times : int, default=50
+            Number of times along the flow, equally spaced, both ends included.
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_times, n_features)
+            Where the rows were, in the units of X: from ``transform(X)``, scaled and
+            moved as the data are (and with ``marginals_`` mapped like their columns),
+            to X.
+        """
+        if not isinstance(n_times, Integral) or n_times < 2:
+            raise ValueError(f"n_times must be an integer >= 2. Got {n_times!r}.")
+        check_is_fitted(self)
+        X = self._validate(X)
+        Z, _ = self._start.forward(X.astype(np.float64, copy=False))
+        paths = self._by_blocks(Z, partial(self._follow, n_times=int(n_times)))
+        rows = self._start.inverse(paths.reshape(-1, Z.shape[1]).astype(np.float64))
+        return rows.reshape(paths.shape).astype(X.dtype, copy=False)
+
+    def _follow(self, module, z, settings, n_times):
+        """Return where rows were at times from first to last, and the solutions."""
+        legs = [(module.velocity, 0.0, 1.0)]
+        if module.finish is not None:
+            legs.append((module.finish.field, 1.0, 2.0))
+        times = legs[-1][2] * torch.arange(n_times - 1, -1, -1, dtype=torch.float64)
+        times = times / (n_times - 1)
+        states, solutions = [z[:, None]], []
+        for field, start, end in legs[::-1]:
+            inside = times[(start <= times) & (times < end)]
+            between = inside[inside > start].tolist()
+            solution = settings.solve(field, z, torch.tensor([end, *between, start]))
+            z = solution.y[:, -1]
+            states.append(solution.y[:, 1 : 1 + len(inside)])
+            solutions.append(solution)
+        return torch.cat(states, 1).flip(1), solutions
+
     def _carry(self, module, z, settings, forwards):
         """Return where rows get to, and the solutions on the way."""
         legs = [(module.velocity, 0.0, 1.0)]

@@ -92,20 +92,28 @@ class MixtureField(nn.Module):
     def _components(self, t: Tensor, y: Tensor):
         """Return what all results are made of, in the axes of the components.
 
-        Time, the distances ``u`` (n, k, dim), the variances ``c`` of ``x_t`` and the
-        logarithms (n, k) of the shares times the densities.
+        Time, the distances ``u`` (n, k, dim) and the variances ``c`` of ``x_t``.
         """
         t = torch.as_tensor(t).to(y)
         t = t[..., None] if t.ndim else t
         u = (y @ self.axes).view(len(y), *self.variances.shape) - t * self.centres
-        c = (1 - t).square() + t.square() * self.variances
+        return t, u, (1 - t).square() + t.square() * self.variances
+
+    def _logs(self, u: Tensor, c: Tensor) -> Tensor:
+        """Return the logarithms (n, k) of the weights times the densities."""
         logs = (u.square() / c).sum(-1) + c.log().sum(-1)
         normaliser = self.dim * math.log(2 * math.pi)
-        return t, u, c, self.log_weights - 0.5 * (logs + normaliser)
+        return self.log_weights - 0.5 * (logs + normaliser)
 
-    def _combine(self, shares: Tensor, values: Tensor) -> Tensor:
+    def _shares(self, u: Tensor, c: Tensor) -> Tensor | float:
+        """Return the probabilities (n, k, 1) of the components at these points."""
+        if len(self.log_weights) == 1:
+            return 1.0  # for which no density is needed: half of the work
+        return self._logs(u, c).softmax(-1)[..., None]
+
+    def _combine(self, shares: Tensor | float, values: Tensor) -> Tensor:
         """Return the sum over the components of values (n, k, dim) in their axes."""
-        return (shares[..., None] * values).flatten(1) @ self.axes.T
+        return (shares * values).flatten(1) @ self.axes.T
 
     def _velocities(self, t, u, c):
         """Return the slopes by which the components flow, and these velocities."""
@@ -127,9 +135,9 @@ class MixtureField(nn.Module):
         Tensor of shape (n, dim)
             Slopes.
         """
-        t, u, c, logs = self._components(t, y)
+        t, u, c = self._components(t, y)
         _, velocities = self._velocities(t, u, c)
-        return self._combine(logs.softmax(-1), velocities)
+        return self._combine(self._shares(u, c), velocities)
 
     def with_divergence(self, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Evaluate the velocity and its divergence.
@@ -146,21 +154,22 @@ class MixtureField(nn.Module):
         divergence : Tensor of shape (n,)
             Traces of their Jacobians, exact.
         """
-        t, u, c, logs = self._components(t, y)
-        shares = logs.softmax(-1)
+        t, u, c = self._components(t, y)
+        shares = self._shares(u, c)
         slopes, velocities = self._velocities(t, u, c)
         scores = -u / c
         slope, score = (self._combine(shares, v) for v in (velocities, scores))
-        within = slopes.sum(-1) + (velocities * scores).sum(-1)
-        return slope, (shares * within).sum(-1) - (slope * score).sum(-1)
+        within = (slopes + velocities * scores).sum(-1, keepdim=True)
+        return slope, (shares * within).sum((1, 2)) - (slope * score).sum(-1)
 
     def log_density(self, t: Tensor, y: Tensor) -> Tensor:
         """Return the log-density (n,) of ``x_t``: at t = 1 that of the mixture."""
-        return self._components(t, y)[-1].logsumexp(-1)
+        _, u, c = self._components(t, y)
+        return self._logs(u, c).logsumexp(-1)
 
     def with_score(self, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return the velocity and the gradient of the log-density, both (n, dim)."""
-        t, u, c, logs = self._components(t, y)
-        shares = logs.softmax(-1)
+        t, u, c = self._components(t, y)
+        shares = self._shares(u, c)
         _, velocities = self._velocities(t, u, c)
         return self._combine(shares, velocities), self._combine(shares, -u / c)

@@ -1,0 +1,8 @@
+"""Displays: pictures of fitted estimators, after those of scikit-learn.
+
+They need matplotlib: ``pip install sknode[plot]``.
+"""
+
+from sknode.plotting.density import DensityDisplay
+
+__all__ = ["DensityDisplay"]
