@@ -108,7 +108,9 @@ def scoring(density, train, rounds):
             job = partial(zuko_log_density, flow, rows, dtype, float(tolerance))
             if dtype == torch.float64 or tolerance > 1e-6:
                 ladder[dtype, tolerance] = worst(job(), exact_zuko), job
-    print(f"{'scoring':26s}{'error':>9s}{'s':>8s}{'zuko at':>18s}{'error':>9s}{'s':>8s}")
+    print(
+        f"{'scoring':26s}{'error':>9s}{'s':>8s}{'zuko at':>18s}{'error':>9s}{'s':>8s}"
+    )
     for tolerance in (1e-3, 1e-5, 1e-7):
         density.set_params(rtol=tolerance, atol=tolerance)
         error = worst(density.score_samples(X), exact)
