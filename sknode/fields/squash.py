@@ -139,10 +139,13 @@ class ConcatSquashField(nn.Module):
         if condition is not None:
             features = features.expand(len(y), -1)
             features = torch.cat([features, condition], -1)
-        n_hidden, modulation = sum(self.widths), self.modulation(features)
-        gates, biases = modulation[:, : 2 * n_hidden].split(n_hidden, -1)
-        last = modulation[:, 2 * n_hidden : 2 * n_hidden + self.dim]
-        return gates.split(self.widths, -1), biases.split(self.widths, -1), last
+        modulation = self.modulation(features)
+        # one split, whose gradient is one concatenation
+        sizes = *self.widths, *self.widths, self.dim
+        unused = modulation.shape[-1] - sum(sizes)
+        *parts, last, _ = modulation.split((*sizes, unused), -1)
+        n = len(self.widths)
+        return parts[:n], parts[n:], last
 
     def forward(self, t: Tensor, y: Tensor, condition: Tensor | None = None) -> Tensor:
         """Evaluate the field.
