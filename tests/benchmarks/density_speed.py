@@ -1,7 +1,7 @@
 """The cost of log-densities and of training by the likelihood, beside peers.
 
 Eight columns of a smooth density, one thread. Models take turns in one process; a time
-is the median of the rounds.
+is the median of the rounds, of the CPU.
 
 "Scoring" is `CNFDensity.score_samples` of 10,000 rows and the log-density of zuko's CNF
 with the exact trace, of 1,000 of them in blocks of 500, which it is fastest with. Both
@@ -54,14 +54,14 @@ def draw(n, seed):
 
 
 def median_times(jobs, rounds):
-    """Return name -> median seconds; the jobs take turns."""
+    """Return name -> median CPU seconds; the jobs take turns."""
     times = {name: [] for name in jobs}
     for turn in range(rounds + 1):
         for name, job in jobs.items():
-            start = time.perf_counter()
+            start = time.process_time()
             job()
             if turn:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(time.process_time() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

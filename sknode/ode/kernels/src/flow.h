@@ -112,14 +112,17 @@ public:
         for (int g = 0; g < LANES<T>; g += W) {
             const Vec<T> t = load(time + g), rest = T(1) - t;
             for (int64_t k = 0; k < net_.n_components; ++k) {
-                Vec<T> sum{};
+                Vec<T> sum{}, volume = broadcast<T>(1);
                 for (int64_t i = k * d; i < (k + 1) * d; ++i) {
                     const int64_t at = i * LANES<T> + g;
                     const Vec<T> u = load(first_ + at) - t * net_.centres[i];
                     const Vec<T> c = rest * rest + t * t * net_.variances[i];
                     const Vec<T> one_by_c = T(1) / c, s = -u * one_by_c;
                     const Vec<T> a = (t * net_.variances[i] - rest) * one_by_c;
-                    sum += logarithm(c) - u * s;
+                    sum -= u * s, volume *= c;
+                    // a logarithm of some variances together, which cannot underflow
+                    if ((i - k * d) % TOGETHER == TOGETHER - 1 || i + 1 == (k + 1) * d)
+                        sum += logarithm(volume), volume = broadcast<T>(1);
                     store(inverse + at, one_by_c), store(scores + at, s);
                     store(slopes + at, a), store(velocities + at, net_.centres[i] + a * u);
                 }
@@ -169,6 +172,7 @@ public:
     }
 
 private:
+    static constexpr int TOGETHER = sizeof(T) == 4 ? 2 : 8;
     const FlowNetwork<T>& net_;
     const int64_t rows_;
     Arena<T> arena_;
