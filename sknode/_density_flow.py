@@ -109,7 +109,7 @@ class DensityFlow(nn.Module):
         if not isinstance(self.residual, ConcatSquashField):
             return None
         m = self.mixture
-        return self.residual.density_network(
+        return self.residual.make_density_network(
             (m.log_weights, m.centres, m.variances, m.axes)
         )
 

@@ -147,5 +147,5 @@ class LogDensityField(nn.Module):
     def density_network(self) -> DensityNetwork | None:
         """Return what a kernel has to know, or None if there is none for the field."""
         if type(self) is LogDensityField and isinstance(self.field, ConcatSquashField):
-            return self.field.density_network()
+            return self.field.make_density_network()
         return None

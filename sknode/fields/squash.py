@@ -195,7 +195,7 @@ class ConcatSquashField(nn.Module):
             slopes.append(slope * gate)
         return self.last(y) + last, self._trace(slopes)
 
-    def density_network(
+    def make_density_network(
         self, mixture: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
     ) -> DensityNetwork | None:
         """Return what a kernel has to know of the field and its divergence.
