@@ -7,7 +7,16 @@ from setuptools import Extension, setup
 
 SOURCES = "sknode/ode/kernels/src"
 UNITS = ("module", "baseline", "avx2", "avx512")
-HEADERS = ("standard", "problem", "simd", "network", "stepper", "solve", "adjoint")
+HEADERS = (
+    "standard",
+    "problem",
+    "simd",
+    "network",
+    "flow",
+    "stepper",
+    "solve",
+    "adjoint",
+)
 
 kernels = Extension(
     "sknode.ode.kernels._native",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +11,8 @@ from sknode.fields import (
     MixtureField,
     PlanarField,
 )
+from sknode.ode.march import march
+from sknode.ode.vector_field import DensityNetwork
 
 __all__ = [
     "DYNAMICS",
@@ -104,6 +104,15 @@ class DensityFlow(nn.Module):
         change = -(divergence + (r * score).sum(1))
         return torch.cat([slope + r, change[:, None]], 1)
 
+    def density_network(self) -> DensityNetwork | None:
+        """Return what a kernel has to know of `forward`, or None if there is none."""
+        if not isinstance(self.residual, ConcatSquashField):
+            return None
+        m = self.mixture
+        return self.residual.make_density_network(
+            (m.log_weights, m.centres, m.variances, m.axes)
+        )
+
     def log_mixture(self, y: Tensor) -> Tensor:
         """Return the log-density (n,) of the mixture."""
         return self.mixture.log_density(y.new_ones(()), y)
@@ -125,22 +134,6 @@ class DensityFlow(nn.Module):
         """Return rows at t = 1 and how much log-density they lose from there on."""
         state = march(self.finish, nn.functional.pad(x, (0, 1)), grid)
         return state[:, :-1], state[:, -1]
-
-
-def march(field, state: Tensor, grid: list[float]) -> Tensor:
-    """Integrate by the classical Runge-Kutta method on a grid of times."""
-    for start, end in itertools.pairwise(grid):
-        h = end - start
-        t0, middle, t1 = (
-            torch.tensor(t, dtype=state.dtype, device=state.device)
-            for t in (start, start + h / 2, end)
-        )
-        k1 = field(t0, state)
-        k2 = field(middle, state + h / 2 * k1)
-        k3 = field(middle, state + h / 2 * k2)
-        k4 = field(t1, state + h * k3)
-        state = state + h / 6 * (k1 + 2 * (k2 + k3) + k4)
-    return state
 
 
 def make_grid(n_steps: int, generator: torch.Generator | None = None) -> list[float]:

@@ -8,9 +8,9 @@ from functools import cached_property
 
 import numpy as np
 from scipy.linalg import solve_triangular
-from scipy.special import log_ndtr, logsumexp, ndtri_exp
+from scipy.special import log_ndtr, ndtri_exp
 
-from sknode._mixture import fit_mixture
+from sknode._mixture import fit_mixture, log_sum_exp
 
 __all__ = ["Marginals", "Whitening", "find_collinear", "find_constant", "kish"]
 
@@ -160,12 +160,12 @@ class Marginals:
         kept = self.weights[i] > 0
         weights, scales = self.weights[i][kept], self.scales[i][kept]
         u = (x[:, None] - self.means[i][kept]) / scales
-        below = logsumexp(log_ndtr(u), b=weights, axis=1)
-        above = logsumexp(log_ndtr(-u), b=weights, axis=1)
+        below = log_sum_exp(log_ndtr(u), weights)
+        above = log_sum_exp(log_ndtr(-u), weights)
         # from the smaller tail, for accuracy; rounding may exceed log 1
         below, above = np.minimum(below, 0.0), np.minimum(above, 0.0)
         z = np.where(below < above, ndtri_exp(below), -ndtri_exp(above))
-        log_density = logsumexp(-0.5 * u**2, b=weights / scales, axis=1)
+        log_density = log_sum_exp(-0.5 * u**2, weights / scales)
         return z, log_density + 0.5 * z**2
 
     def forward(self, X):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sknode.fields.squash import ConcatSquashField
+from sknode.ode.vector_field import DensityNetwork
+
 __all__ = ["DivergenceField", "LogDensityField", "SumField"]
 
 
@@ -140,3 +143,9 @@ class LogDensityField(nn.Module):
         """Evaluate at times (a scalar or (n, 1)) and states (n, dim + 1)."""
         slope, divergence = self.field.with_divergence(t, state[:, :-1])
         return torch.cat([slope, -divergence[:, None]], 1)
+
+    def density_network(self) -> DensityNetwork | None:
+        """Return what a kernel has to know, or None if there is none for the field."""
+        if type(self) is LogDensityField and isinstance(self.field, ConcatSquashField):
+            return self.field.make_density_network()
+        return None

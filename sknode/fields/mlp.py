@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sknode.fields.activations import Activation, get_activation
-from sknode.ode.vector_field import Perceptron
+from sknode.ode.vector_field import Perceptron, has_hooks
 
 __all__ = ["MLPField"]
 
@@ -197,12 +197,8 @@ class MLPField(nn.Module):
     def closed_form(self, state: torch.Size) -> MLPClosedForm | None:
         """Return the field for a solve, or None where only autograd is right."""
         changed = type(self).forward is not MLPField.forward
-        hooked = any(
-            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks
-            for m in self.modules()
-        )
         plain = all(type(layer).forward is nn.Linear.forward for layer in self.layers)
-        if changed or hooked or not plain or tuple(state) != (self.dim,):
+        if changed or has_hooks(self) or not plain or tuple(state) != (self.dim,):
             return None
         return MLPClosedForm(self)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sknode.fields.activations import get_activation, value_and_slope
+from sknode.ode.vector_field import DensityNetwork
 
 __all__ = ["ConcatSquashField", "time_features"]
 
@@ -138,10 +139,13 @@ class ConcatSquashField(nn.Module):
         if condition is not None:
             features = features.expand(len(y), -1)
             features = torch.cat([features, condition], -1)
-        n_hidden, modulation = sum(self.widths), self.modulation(features)
-        gates, biases = modulation[:, : 2 * n_hidden].split(n_hidden, -1)
-        last = modulation[:, 2 * n_hidden : 2 * n_hidden + self.dim]
-        return gates.split(self.widths, -1), biases.split(self.widths, -1), last
+        modulation = self.modulation(features)
+        # one split, whose gradient is one concatenation
+        sizes = *self.widths, *self.widths, self.dim
+        unused = modulation.shape[-1] - sum(sizes)
+        *parts, last, _ = modulation.split((*sizes, unused), -1)
+        n = len(self.widths)
+        return parts[:n], parts[n:], last
 
     def forward(self, t: Tensor, y: Tensor, condition: Tensor | None = None) -> Tensor:
         """Evaluate the field.
@@ -191,14 +195,50 @@ class ConcatSquashField(nn.Module):
             slopes.append(slope * gate)
         return self.last(y) + last, self._trace(slopes)
 
+    def make_density_network(
+        self, mixture: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+    ) -> DensityNetwork | None:
+        """Return what a kernel has to know of the field and its divergence.
+
+        Parameters
+        ----------
+        mixture : tuple of Tensor, optional
+            Log-weights, centres, variances and axes of a `MixtureField` that the field
+            is added to.
+
+        Returns
+        -------
+        DensityNetwork or None
+            None if there is no kernel for the field: it is deeper, has a condition, or
+            is of another class.
+        """
+        n_hidden = len(self.widths)
+        if type(self) is not ConcatSquashField or self.condition_dim or n_hidden > 2:
+            return None
+        weights = [layer.weight for layer in (*self.layers, self.last)]
+        weights.append(self._kernel())
+        n_outputs = 2 * sum(self.widths) + self.dim
+        modulation = (
+            self.modulation.weight[:n_outputs],
+            self.modulation.bias[:n_outputs],
+        )
+        layers = [*((weight, None) for weight in weights), modulation]
+        return DensityNetwork(layers, self.activation, self.n_frequencies, mixture)
+
+    def _kernel(self) -> Tensor:
+        """Return the matrix of the divergence of one or two hidden layers."""
+        first, last = self.layers[0].weight, self.last.weight
+        if len(self.widths) == 1:
+            return (first * last.T).sum(1)[None]
+        return self.layers[1].weight * (first @ last).T
+
     def _trace(self, slopes: list[Tensor]) -> Tensor:
         """Return the divergence from the derivatives of the hidden layers."""
-        first, last = self.layers[0].weight, self.last.weight
         if len(slopes) == 1:
-            return slopes[0] @ (first * last.T).sum(1)
+            return slopes[0] @ self._kernel()[0]
         if len(slopes) == 2:
-            kernel = self.layers[1].weight * (first @ last).T
-            return ((slopes[1] @ kernel) * slopes[0]).sum(-1)
+            return ((slopes[1] @ self._kernel()) * slopes[0]).sum(-1)
+        first, last = self.layers[0].weight, self.last.weight
         tangents = first.T * slopes[0][:, None, :]  # (n, dim, width)
         for layer, slope in zip(self.layers[1:], slopes[1:], strict=True):
             tangents = layer(tangents) * slope[:, None, :]

@@ -95,6 +95,7 @@ class Options:
     first_step: float | None = None
     min_step: float = 0.0
     step_size: float | None = None  # a constant step, without error control
+    grid: tuple[float, ...] | None = None  # ends of all steps; only for kernels
     max_step: float = np.inf
     force_min_step: bool = False  # accept steps that cannot be shortened
     open_steps: bool = False  # fields jump at ends of steps: see times just inside

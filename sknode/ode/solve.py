@@ -241,11 +241,13 @@ def solve(
     run.fused = (
         options.plain
         and stops is None
-        and gradient != "backprop"
+        and gradient in kernels.gradients(field)
         and kernels.serves(field, flat, times)
     )
+    if run.fused:
+        field.parameters = field.network.parameters
     needs_grad = torch.is_grad_enabled()
-    if needs_grad and field.probed:
+    if needs_grad and field.probed and not run.fused:
         start = times.detach()[..., :1].expand(len(flat), 1)
         start = start.to(flat.device, real_dtype(flat.dtype))
         if options.open_steps:

@@ -4,20 +4,29 @@ The solver works on a state of shape (lanes, n) and asks a vector field for thre
 things: slopes; slopes that remember how to be reversed; and the reverse, a vector-
 Jacobian product. `BoundField` is that interface. A module that knows closed forms
 implements it itself and hands it out through a method ``closed_form()``; everything
-else is served by `AutogradField`.
+else is served by `AutogradField`. If there is a kernel for such a module, its method
+``density_network()`` says what it is made of.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["AutogradField", "BoundField", "FieldView", "Perceptron", "bind"]
+__all__ = [
+    "AutogradField",
+    "BoundField",
+    "DensityNetwork",
+    "FieldView",
+    "Perceptron",
+    "bind",
+    "has_hooks",
+]
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,71 @@ class Perceptron:
         """The dtype of the weights."""
         return self.layers[0][0].dtype
 
+    @property
+    def parameters(self) -> list[Tensor]:
+        """All weights and biases."""
+        return [x for layer in self.layers for x in layer if x is not None]
+
+    def tensors(self, dim: int) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+        """List all tensors with the shapes by which they fit states of size ``dim``."""
+        n_in = dim + self.uses_time
+        for i, (weight, bias) in enumerate(self.layers):
+            n_out = dim if i == len(self.layers) - 1 else len(weight)
+            yield weight, (n_out, n_in)
+            if bias is not None:
+                yield bias, (n_out,)
+            n_in = n_out
+
+
+@dataclass(frozen=True)
+class DensityNetwork:
+    """A flow with what it does to a log-density, by its layers, for a fused kernel.
+
+    The state is y and the change of the log-density: see `LogDensityField` and
+    `ConcatSquashField` of `sknode.fields`.
+
+    Attributes
+    ----------
+    layers : list of (weight, bias)
+        One or two hidden layers, the last one, the kernel of the divergence and the
+        modulation, which alone has a bias: gates, biases of hidden units, slopes.
+    activation : str
+        Activation of the hidden layers.
+    n_frequencies : int
+        Number of frequencies of time.
+    mixture : tuple of Tensor or None
+        Log-weights, centres, variances and axes of a `MixtureField` whose velocity is
+        added; the log-density is then relative to that of its path.
+    """
+
+    layers: list[tuple[Tensor, Tensor | None]]
+    activation: str
+    n_frequencies: int
+    mixture: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+    uses_time: ClassVar[bool] = True
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """All weights and biases, and the kernel that is made of the former."""
+        return [x for layer in self.layers for x in layer if x is not None]
+
+    def tensors(self, dim: int) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+        """List all tensors with the shapes by which they fit states of size ``dim``."""
+        size = dim - 1
+        *hidden, (last, _), (kernel, _), (weight, bias) = self.layers
+        widths = [len(w) for w, _ in hidden]
+        for (w, _), n_in, n_out in zip(hidden, (size, *widths), widths, strict=False):
+            yield w, (n_out, n_in)
+        yield last, (size, widths[-1])
+        yield kernel, (widths[1] if len(widths) == 2 else 1, widths[0])
+        n_out = 2 * sum(widths) + size
+        yield weight, (n_out, 1 + 2 * self.n_frequencies)
+        yield bias, (n_out,)
+        if self.mixture is not None:
+            n = len(self.mixture[0])
+            shapes = (n,), (n, size), (n, size), (size, n * size)
+            yield from zip(self.mixture, shapes, strict=True)
+
 
 class BoundField(Protocol):
     """A vector field with its parameters, for the duration of one solve.
@@ -63,7 +137,7 @@ class BoundField(Protocol):
     probed: bool
     """Whether ``parameters`` are only known after a call of ``discover(t, y)``, which
     also returns the slopes."""
-    network: Perceptron | None
+    network: Perceptron | DensityNetwork | None
     """What the field is, if there may be a kernel for it."""
 
     def prepare(self) -> None:
@@ -422,6 +496,14 @@ class FieldView:
         )
 
 
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Return whether someone wants to be called with a module or a part of it."""
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks
+        for m in module.modules()
+    )
+
+
 def bind(
     f,
     batch: int,
@@ -434,11 +516,17 @@ def bind(
     if isinstance(f, AutogradField):
         return f  # in the solver's layout already
     field = f.closed_form(state) if hasattr(f, "closed_form") else None
+    network = None
     if field is None:
         field = AutogradField(f, row_wise)
+        flat = closed_form and not shared and len(state) == 1
+        if flat and hasattr(f, "density_network") and not has_hooks(f):
+            network = f.density_network()
     elif not closed_form:
         # everything by differentiable operations
         field = AutogradField(f, row_wise, getattr(f, "jacobian", None))
     elif not shared and len(state) == 1:
         return field  # its layout is the solver's
-    return FieldView(field, batch, state, shared)
+    view = FieldView(field, batch, state, shared)
+    view.network = network
+    return view

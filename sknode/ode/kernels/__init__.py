@@ -1,9 +1,11 @@
-"""Fused kernels: a whole solve of a multilayer perceptron in one call, on the CPU.
+"""Fused kernels: a whole solve of a small network in one call, on the CPU.
 
-A small network spends its time on dispatch, not on arithmetic. The kernels, in C++,
-take tiles of samples through all their steps while everything about them stays in the
-cache. They are an optional part of the package: what they compute, the loop in
-`integrate` computes too, which also serves everything that they do not.
+They serve multilayer perceptrons, and flows of densities: a perceptron with gates of
+time and its divergence, alone or added to the flow of a Gaussian mixture. A small
+network spends its time on dispatch, not on arithmetic. The kernels, in C++, take tiles
+of samples through all their steps while everything about them stays in the cache. They
+are an optional part of the package: what they compute, the loop in `integrate` computes
+too, which also serves everything that they do not.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from sknode.ode.integrate import Options, Trace
 from sknode.ode.runge_kutta import count_evaluations
 from sknode.ode.tableaus import Tableau
-from sknode.ode.vector_field import BoundField, Perceptron
+from sknode.ode.vector_field import BoundField, DensityNetwork, Perceptron
 
 why_not = "they were not built, for want of a compiler"
 try:
@@ -37,6 +39,7 @@ __all__ = [
     "Recorded",
     "available",
     "chosen",
+    "gradients",
     "instruction_sets",
     "recorded_bytes",
     "reference",
@@ -47,6 +50,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger("sknode")
+
+Network = Perceptron | DensityNetwork
 
 # As in the enumeration of problem.h.
 ACTIVATIONS = {
@@ -142,6 +147,13 @@ def reference() -> contextlib.AbstractContextManager[None]:
     return use("reference")
 
 
+def gradients(field: BoundField) -> tuple[str, ...]:
+    """Return which gradients the kernels have for a field that they serve."""
+    if isinstance(getattr(field, "network", None), DensityNetwork):
+        return ("discrete",)
+    return ("discrete", "continuous")
+
+
 def serves(field: BoundField, y0: Tensor, times: Tensor) -> bool:
     """Return whether the kernels solve this, gradients included.
 
@@ -160,31 +172,19 @@ def serves(field: BoundField, y0: Tensor, times: Tensor) -> bool:
     return True
 
 
-def _plain_network(network: Perceptron, y0: Tensor) -> bool:
+def _plain_network(network: Network, y0: Tensor) -> bool:
     """Return whether all is in the memory that the kernels will take it to be in.
 
     What is not (a layer moved to another device or dtype, or given another shape)
     torch can handle or refuse.
     """
-    n_in = y0.shape[1] + network.uses_time
     expected = (y0.dtype, torch.device("cpu"), torch.strided)
-    for tensor, shape in _shapes(network, n_in):
+    for tensor, shape in network.tensors(y0.shape[1]):
         if (tensor.dtype, tensor.device, tensor.layout) != expected:
             return False
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.shape != shape:
             return False
-    last = network.layers[-1][0]
-    return y0.device.type == "cpu" and last.shape[0] == y0.shape[1]
-
-
-def _shapes(network: Perceptron, n_in: int) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
-    """List weights and biases with the shapes by which they fit together."""
-    for weight, bias in network.layers:
-        n_out = weight.shape[0]
-        yield weight, (n_out, n_in)
-        if bias is not None:
-            yield bias, (n_out,)
-        n_in = n_out
+    return y0.device.type == "cpu"
 
 
 @cache
@@ -214,7 +214,7 @@ def recorded_bytes(recorded: Recorded) -> int:
 
 
 def solve(
-    network: Perceptron,
+    network: Network,
     y0: Tensor,
     times: np.ndarray,
     options: Options,
@@ -224,7 +224,7 @@ def solve(
 
     Parameters
     ----------
-    network : Perceptron
+    network : Perceptron or DensityNetwork
         The vector field.
     y0 : Tensor of shape (batch, n)
         Initial states, on the CPU.
@@ -251,7 +251,7 @@ def solve(
 class _Call:
     """What the kernels are given, kept alive, and what they leave behind."""
 
-    def __init__(self, network: Perceptron, y: Tensor, times, options: Options):
+    def __init__(self, network: Network, y: Tensor, times, options: Options):
         self.network, self.y, self.options = network, y, options
         self.times = np.ascontiguousarray(times)
         self.counts = np.zeros((5, len(y)), np.int64)
@@ -259,6 +259,12 @@ class _Call:
         self.layers = [
             (_plain(w), None if b is None else _plain(b)) for w, b in network.layers
         ]
+        self.flow, self.mixture = None, ()
+        if isinstance(network, DensityNetwork):
+            self.mixture = [_plain(x) for x in network.mixture or ()]
+            n = len(self.mixture[0]) if self.mixture else 0
+            addresses = [x.data_ptr() for x in self.mixture] or [0] * 4
+            self.flow = (network.n_frequencies, n, *addresses)
         self.shapes = [
             (w.shape, None if b is None else b.shape) for w, b in self.layers
         ]
@@ -274,6 +280,7 @@ class _Call:
                 ACTIVATIONS[network.activation],
                 network.uses_time,
                 dim,
+                self.flow,
                 *(
                     (w.data_ptr(), 0 if b is None else b.data_ptr(), *w.shape)
                     for w, b in self.layers
@@ -313,13 +320,13 @@ class _Call:
 
 
 def reverse(
-    network: Perceptron, trace: Trace, grad: Tensor
+    network: Network, trace: Trace, grad: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the cotangents of the initial states and of the parameters.
 
     Parameters
     ----------
-    network : Perceptron
+    network : Perceptron or DensityNetwork
         The vector field of the solve.
     trace : Trace
         What `solve` returned.
@@ -414,7 +421,7 @@ def _plain(x: Tensor) -> Tensor:
     return x.detach().contiguous().resolve_neg()
 
 
-def _threads(network: Perceptron, batch: int) -> int:
+def _threads(network: Network, batch: int) -> int:
     """Return how many threads to use, at most as many as torch does."""
     size = sum(w.numel() for w, _ in network.layers)
     return torch.get_num_threads() if batch * size >= THREAD_WORK else 1
@@ -450,4 +457,5 @@ def _control(options: Options) -> tuple:
         controller.factor_max,
         controller.n_history,
         min(options.max_steps, 2**62),
+        b"" if options.grid is None else np.asarray(options.grid, "f8").tobytes(),
     )

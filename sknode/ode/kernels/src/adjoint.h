@@ -233,7 +233,7 @@ static void adjoint_with(const AdjointProblem& problem) {
     const Coefficients<T> rk(p.tableau);
     Watch watch(p.interrupted);
     const int64_t tiles = (p.batch + LANES<T> - 1) / LANES<T>;
-    TileSums<T> sums(network, tiles);
+    TileSums<Network<T>> sums(network, tiles);
     run_jobs(sums.chunks(), p.threads, [&](std::atomic<int64_t>& next) {
         TileAdjoint<A, T> tile(problem, network, rk, watch);
         for (int64_t c = next++; c < sums.chunks(); c = next++)
@@ -246,12 +246,7 @@ static void adjoint_with(const AdjointProblem& problem) {
 
 template <class T>
 static void adjoint(const AdjointProblem& problem) {
-    switch (problem.solve.model.activation) {
-        case Activation::sigmoid: return adjoint_with<Activation::sigmoid, T>(problem);
-        case Activation::tanh: return adjoint_with<Activation::tanh, T>(problem);
-        case Activation::softplus: return adjoint_with<Activation::softplus, T>(problem);
-        case Activation::silu: return adjoint_with<Activation::silu, T>(problem);
-        case Activation::elu: return adjoint_with<Activation::elu, T>(problem);
-        default: return adjoint_with<Activation::relu, T>(problem);
-    }
+    with_activation(problem.solve.model.activation, [&](auto activation) {
+        adjoint_with<decltype(activation)::value, T>(problem);
+    });
 }

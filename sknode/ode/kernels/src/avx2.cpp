@@ -15,6 +15,7 @@ namespace sknode {
 namespace avx2 {
 #include "simd.h"
 #include "network.h"
+#include "flow.h"
 #include "stepper.h"
 #include "solve.h"
 #include "adjoint.h"

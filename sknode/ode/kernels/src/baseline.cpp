@@ -12,6 +12,7 @@ namespace sknode {
 namespace baseline {
 #include "simd.h"
 #include "network.h"
+#include "flow.h"
 #include "stepper.h"
 #include "solve.h"
 #include "adjoint.h"

@@ -70,13 +70,29 @@ private:
     Py_ssize_t next_ = 0;
 };
 
+Flow read_flow(PyObject* tuple) {
+    Reader reader(tuple);
+    Flow flow;
+    flow.exists = true;
+    flow.n_frequencies = reader.integer();
+    Mixture& mixture = flow.mixture;
+    mixture.n_components = reader.integer();
+    for (const void** p : {&mixture.log_weights, &mixture.centres, &mixture.variances,
+                           &mixture.axes})
+        *p = reader.address();
+    return flow;
+}
+
 Model read_model(PyObject* tuple) {
     Reader reader(tuple);
     Model model;
     model.activation = static_cast<Activation>(reader.integer());
     model.uses_time = reader.integer() != 0;
     model.dim = reader.integer();
-    while (!PyErr_Occurred() && static_cast<Py_ssize_t>(model.layers.size()) + 3 < reader.size()) {
+    PyObject* flow = reader.object();
+    if (!flow) return model;
+    if (PyTuple_Check(flow)) model.flow = read_flow(flow);
+    while (!PyErr_Occurred() && static_cast<Py_ssize_t>(model.layers.size()) + 4 < reader.size()) {
         PyObject* item = reader.object();
         if (!item) break;
         Reader layer(item);
@@ -112,6 +128,7 @@ Control read_control(PyObject* tuple) {
     for (double* number : numbers) *number = reader.number();
     control.n_history = static_cast<int>(reader.integer());
     control.max_steps = reader.integer();
+    control.grid = reader.numbers();
     return control;
 }
 

@@ -361,6 +361,7 @@ private:
 template <class T>
 class Network {
 public:
+    using Value = T;
     int64_t dim, inputs;  // with time, inputs = dim + 1
     bool uses_time;
     std::vector<Matrix<T>> forward, backward;
@@ -437,6 +438,9 @@ private:
 template <Activation A, class T>
 class Evaluator {
 public:
+    using Value = T;
+    using Net = Network<T>;
+
     Evaluator(const Network<T>& network, int n_stages, bool reverse)
         : net_(network), n_stages_(n_stages) {
         const int64_t widest = network.widest() * LANES<T>;

@@ -49,11 +49,25 @@ struct Layer {
     int64_t out, in;
 };
 
+// A mixture of Gaussians in the axes of its components, as `MixtureField` has it.
+struct Mixture {
+    int64_t n_components = 0;  // none: there is no mixture
+    const void *log_weights, *centres, *variances, *axes;
+};
+
+// What a flow of densities is beside its layers: see flow.h.
+struct Flow {
+    bool exists = false;
+    int64_t n_frequencies;
+    Mixture mixture;
+};
+
 struct Model {
     std::vector<Layer> layers;
     Activation activation;
     bool uses_time;  // the last input of the first layer is time
     int64_t dim;
+    Flow flow;
 };
 
 struct Tableau {
@@ -73,6 +87,7 @@ struct Control {
     double pcoeff, icoeff, dcoeff, safety, factor_min, factor_max;
     int n_history;
     int64_t max_steps;
+    std::vector<double> grid;  // where steps end, from the first to the last; or empty
 };
 
 struct Problem {

@@ -185,3 +185,68 @@ static inline Vec<T> slope(Vec<T> x) {
         return x > 0 ? one : zero;
     }
 }
+
+// An activation with its first two derivatives.
+template <class T>
+struct Jet {
+    Vec<T> value, slope, bend;
+};
+
+template <Activation A, class T>
+static inline Jet<T> jet(Vec<T> z) {
+    const Vec<T> zero{}, one = zero + T(1);
+    if constexpr (A == Activation::sigmoid) {
+        const Vec<T> s = logistic<T>(z), p = s * (one - s);
+        return {s, p, p * (one - T(2) * s)};
+    } else if constexpr (A == Activation::tanh) {
+        const Vec<T> v = T(2) * logistic<T>(T(2) * z) - one, p = one - v * v;
+        return {v, p, T(-2) * v * p};
+    } else if constexpr (A == Activation::softplus) {
+        const Vec<T> s = logistic<T>(z);
+        return {activate<A, T>(z), s, s * (one - s)};
+    } else if constexpr (A == Activation::silu) {
+        const Vec<T> s = logistic<T>(z), v = z * s, rest = one - s;
+        return {v, s + v * rest, s * rest * (T(2) + z * (rest - s))};
+    } else if constexpr (A == Activation::elu) {
+        const Vec<T> v = activate<A, T>(z);
+        return {v, z > 0 ? one : v + one, z > 0 ? zero : v + one};
+    } else {
+        return {activate<A, T>(z), z > 0 ? one : zero, zero};
+    }
+}
+
+// Call `action` with the activation as a constant.
+template <class Action>
+static inline auto with_activation(Activation activation, const Action& action) {
+    switch (activation) {
+#define SKNODE_CASE(NAME) \
+    case Activation::NAME: \
+        return action(std::integral_constant<Activation, Activation::NAME>{})
+        SKNODE_CASE(sigmoid);
+        SKNODE_CASE(tanh);
+        SKNODE_CASE(softplus);
+        SKNODE_CASE(silu);
+        SKNODE_CASE(elu);
+#undef SKNODE_CASE
+        default: return action(std::integral_constant<Activation, Activation::relu>{});
+    }
+}
+
+// log(x) of positive normal numbers.
+static inline Vec<float> logarithm(Vec<float> x) {
+    const auto bits = reinterpret_cast<Simd<float>::I&>(x);
+    auto mantissa = (bits & 0x7fffffu) | 0x3f800000u;
+    auto exponent = (bits >> 23) | 0x4b000000u;  // 2^23 + the biased exponent
+    return log_one_plus<float>(reinterpret_cast<Vec<float>&>(mantissa) - 1.0f) +
+           (reinterpret_cast<Vec<float>&>(exponent) - (8388608.0f + 127.0f)) *
+               0.69314718055994530942f;
+}
+
+static inline Vec<double> logarithm(Vec<double> x) {
+    const auto bits = reinterpret_cast<Simd<double>::I&>(x);
+    auto mantissa = (bits & 0xfffffffffffffull) | 0x3ff0000000000000ull;
+    auto exponent = (bits >> 52) | 0x4330000000000000ull;  // 2^52 + the biased exponent
+    return log_one_plus<double>(reinterpret_cast<Vec<double>&>(mantissa) - 1.0) +
+           (reinterpret_cast<Vec<double>&>(exponent) - (4503599627370496.0 + 1023.0)) *
+               0.69314718055994530942;
+}

@@ -69,8 +69,10 @@ struct Times {
     double operator[](int64_t i) const { return values[i] * sign; }
 };
 
-template <Activation A, class T>
-class TileSolver final : TileStepper<T> {
+// `E` evaluates a kind of network on a tile.
+template <class E>
+class TileSolver final : TileStepper<typename E::Value> {
+    using T = typename E::Value;
     using Base = TileStepper<T>;
     using Base::arena_, Base::rk_, Base::rows_, Base::size_;
     using Base::y_, Base::k_, Base::state_, Base::moved_, Base::started_;
@@ -78,8 +80,8 @@ class TileSolver final : TileStepper<T> {
     using Base::combine, Base::evaluate_stage;
 
 public:
-    TileSolver(const Problem& problem, const Network<T>& network, const Coefficients<T>& rk,
-               Watch& watch)
+    TileSolver(const Problem& problem, const typename E::Net& network,
+               const Coefficients<T>& rk, Watch& watch)
         : Base(problem.control, rk, watch, network.dim), p_(problem), net_(network),
           evaluator_(network, 1, false) {
         polynomial_ = arena_.take(size_ * std::max(rk.degree, 1));
@@ -96,8 +98,8 @@ public:
 
 private:
     const Problem& p_;
-    const Network<T>& net_;
-    Evaluator<A, T> evaluator_;
+    const typename E::Net& net_;
+    E evaluator_;
     T* polynomial_;
     int64_t first_ = 0;
     int n_ = 0;
@@ -144,6 +146,15 @@ private:
                 std::memcpy(output(l, c), initial(l), rows_ * sizeof(T));
         }
         this->begin();
+        aim_at_grid();
+    }
+
+    // Steps on a grid, the same for all samples, end there and nowhere else.
+    void aim_at_grid() {
+        const std::vector<double>& grid = p_.control.grid;
+        if (grid.empty()) return;
+        for (int l = 0; l < LANES<T>; ++l)
+            if (this->running_[l]) this->aim(l, grid[this->n_steps_[l] + 1] * sign_[l]);
     }
 
     void step(TileRecord<T>* record) {
@@ -154,6 +165,7 @@ private:
         if (p_.n_times > 2) write_outputs();
         if (record) record->add(moved_, y_, rows_, t_, t1_, before);
         this->conclude(ratio);
+        aim_at_grid();
     }
 
     // Evaluate the dense output where output times fell into a step.
@@ -221,11 +233,13 @@ private:
     }
 };
 
-template <Activation A, class T>
+template <class E>
 class TileReverse {
+    using T = typename E::Value;
+
 public:
-    TileReverse(const Problem& problem, const Network<T>& network, const Coefficients<T>& rk,
-                const ReverseProblem& reverse, Watch& watch)
+    TileReverse(const Problem& problem, const typename E::Net& network,
+                const Coefficients<T>& rk, const ReverseProblem& reverse, Watch& watch)
         : p_(problem), net_(network), rk_(rk), watch_(watch),
           grad_(static_cast<const T*>(reverse.grad)), grad_y0_(static_cast<T*>(reverse.grad_y0)), dim_(network.dim),
           size_(network.dim * LANES<T>), wide_(network.inputs * LANES<T>),
@@ -261,13 +275,13 @@ public:
 
 private:
     const Problem& p_;
-    const Network<T>& net_;
+    const typename E::Net& net_;
     const Coefficients<T>& rk_;
     Watch& watch_;
     const T* grad_;
     T* grad_y0_;
     const int64_t dim_, size_, wide_;
-    Evaluator<A, T> evaluator_;
+    E evaluator_;
     Arena<T> arena_;
     T *k_, *states_, *kappa_, *back_, *lam_, *h_, *moments_;
     std::vector<T> b_;
@@ -396,10 +410,12 @@ static void run_jobs(int64_t count, int threads, const Worker& worker) {
 // The parameters' gradients, summed up over tiles. A chunk of them is summed up by one
 // thread, chunks are summed up in their order: the result is the same for any number of
 // threads.
-template <class T>
+template <class Net>
 class TileSums {
+    using T = typename Net::Value;
+
 public:
-    TileSums(const Network<T>& network, int64_t tiles) : net_(network), tiles_(tiles) {
+    TileSums(const Net& network, int64_t tiles) : net_(network), tiles_(tiles) {
         const int64_t size = network.parameters() * static_cast<int64_t>(sizeof(T));
         const int64_t most = std::max<int64_t>(CHUNK_BYTES / size, 1);
         const int64_t chunks = std::min({tiles, int64_t{16}, most});
@@ -432,14 +448,16 @@ private:
     // all chunks together sum up in no more memory than this, if there are several
     static constexpr int64_t CHUNK_BYTES = int64_t{1} << 27;
 
-    const Network<T>& net_;
+    const Net& net_;
     int64_t tiles_;
     std::vector<Arena<T>> arenas_;
     std::vector<std::vector<LayerSum<T>>> sums_;
 };
 
-template <Activation A, class T>
+template <class E>
 class TiledRecording final : public Recording {
+    using T = typename E::Value;
+
 public:
     explicit TiledRecording(const Problem& problem)
         : p_(problem), net_(problem.model), rk_(problem.tableau),
@@ -447,17 +465,17 @@ public:
         if (problem.record) records_.resize(tiles_);
         Watch watch(problem.interrupted);
         run_jobs(tiles_, problem.threads, [&](std::atomic<int64_t>& next) {
-            TileSolver<A, T> solver(p_, net_, rk_, watch);
+            TileSolver<E> solver(p_, net_, rk_, watch);
             for (int64_t i = next++; i < tiles_; i = next++)
                 solver.solve(i * LANES<T>, problem.record ? &records_[i] : nullptr);
         });
     }
 
     void reverse(const ReverseProblem& problem) const override {
-        TileSums<T> sums(net_, tiles_);
+        TileSums<typename E::Net> sums(net_, tiles_);
         Watch watch(problem.interrupted);
         run_jobs(sums.chunks(), problem.threads, [&](std::atomic<int64_t>& next) {
-            TileReverse<A, T> tile(p_, net_, rk_, problem, watch);
+            TileReverse<E> tile(p_, net_, rk_, problem, watch);
             for (int64_t c = next++; c < sums.chunks(); c = next++)
                 sums.fill(c, [&](int64_t i, std::vector<LayerSum<T>>& sum) {
                     tile.reverse(i * LANES<T>, records_[i], sum);
@@ -474,27 +492,23 @@ public:
 
 private:
     Problem p_;
-    Network<T> net_;
+    typename E::Net net_;
     Coefficients<T> rk_;
     int64_t tiles_;
     std::vector<TileRecord<T>> records_;
 };
 
-template <Activation A, class T>
+template <class E>
 static std::unique_ptr<Recording> solve_with(const Problem& problem) {
-    auto recording = std::make_unique<TiledRecording<A, T>>(problem);
+    auto recording = std::make_unique<TiledRecording<E>>(problem);
     if (!problem.record) return nullptr;
     return recording;
 }
 
 template <class T>
 static std::unique_ptr<Recording> solve(const Problem& problem) {
-    switch (problem.model.activation) {
-        case Activation::sigmoid: return solve_with<Activation::sigmoid, T>(problem);
-        case Activation::tanh: return solve_with<Activation::tanh, T>(problem);
-        case Activation::softplus: return solve_with<Activation::softplus, T>(problem);
-        case Activation::silu: return solve_with<Activation::silu, T>(problem);
-        case Activation::elu: return solve_with<Activation::elu, T>(problem);
-        default: return solve_with<Activation::relu, T>(problem);
-    }
+    if (problem.model.flow.exists) return solve_with<FlowEvaluator<T>>(problem);
+    return with_activation(problem.model.activation, [&](auto activation) {
+        return solve_with<Evaluator<decltype(activation)::value, T>>(problem);
+    });
 }
