@@ -30,6 +30,7 @@ from sknode._base import (
     padded_blocks,
     warn_of_failures,
 )
+from sknode._density_bounds import Bounds, check_bounds
 from sknode._density_flow import DYNAMICS, DensityFlow
 from sknode._density_rows import hold_out, merge_rows, warn_of_ties
 from sknode._density_start import Start, choose_start
@@ -88,6 +89,11 @@ class CNFDensity(
         Whether every column is first mapped to a normal distribution by itself, which
         helps where columns are skewed or have heavy tails. "auto" tries both on
         held-out rows.
+    bounds : dict or array-like of shape (n_features, 2), default=None
+        Limits of columns: a dict from names or positions of columns to pairs
+        ``(low, high)``, or a pair for every column; None or infinite where there is no
+        limit. Between its limits a column is mapped to the whole line before all else.
+        The density is zero beyond them, and no sample is there.
     refine : bool, default=True
         Whether a second network is trained by maximum likelihood before the first one:
         it continues the flow from the mixture, whose density needs no solve, to the
@@ -216,6 +222,7 @@ class CNFDensity(
             Interval(Integral, 1, None, closed="left"),
         ],
         "marginals": ["boolean", StrOptions({"auto"})],
+        "bounds": [None, dict, "array-like"],
         "refine": ["boolean"],
     }
 
@@ -228,6 +235,7 @@ class CNFDensity(
         objective="flow_matching",
         n_components="auto",
         marginals="auto",
+        bounds=None,
         refine=True,
         solver="dopri5",
         rtol=1e-7,
@@ -256,6 +264,7 @@ class CNFDensity(
         self.objective = objective
         self.n_components = n_components
         self.marginals = marginals
+        self.bounds = bounds
         self.refine = refine
         self.solver = solver
         self.rtol = rtol
@@ -307,30 +316,34 @@ class CNFDensity(
         judged = self.early_stopping and len(X) >= LEAST_ROWS
         fraction = self.validation_fraction if judged else 0
         rows = hold_out(len(X), fraction, seed)
+        bounds = self._bounds if going_on else self._fit_bounds(X, weight)
+        bounds.check(X, self._names())
+        U, slope = bounds.forward(X)
         if going_on:
             start = self._start
         else:
             choices = self.marginals, self.n_components, self.validation_fraction
-            start = choose_start(X, weight, rows[0], *choices, seed)
+            start = choose_start(U, weight, rows[0], *choices, seed)
         history = History()
         context = self._init_callback_context(max_subtasks=self.max_iter)
         context.call_on_fit_task_begin(estimator=self, X=X, y=None)
         finish = residual = None
         if judged or not self.early_stopping:
             trainer = self._trainer(start.mixture, device, seed, history)
-            Z, log_det = start.forward(X)
+            Z, log_det = start.forward(U)
+            log_det += slope
             data = [_to_tensors(device, Z[r], weight[r], log_det[r]) for r in rows]
             before = self.module_ if going_on else None
             finish, residual = trainer.fit(data, self.refine, before)
         if residual is None and finish is None and judged and not going_on:
             # the rows that were held out have done their work
-            start = start.refit(X, weight, seed)
+            start = start.refit(U, weight, seed)
         has = residual is not None, finish is not None
         module = self._make_flow(start.mixture, *has, dtype, device, seed)
         for mine, trained in ((module.finish, finish), (module.residual, residual)):
             if trained is not None:
                 mine.load_state_dict(trained.state_dict())
-        self._keep(module, start, history)
+        self._keep(module, bounds, start, history)
         context.call_on_fit_task_end(
             estimator=self, X=X, y=None, reconstruction_attributes={}
         )
@@ -352,9 +365,17 @@ class CNFDensity(
         warn_of_ties(X, self._name_columns)
         return merge_rows(X, weight, self._name_columns)
 
+    def _names(self):
+        """Return the names of the columns, or their positions."""
+        return getattr(self, "feature_names_in_", np.arange(self.n_features_in_))
+
     def _name_columns(self, mask):
-        names = getattr(self, "feature_names_in_", np.arange(self.n_features_in_))
-        return ", ".join(str(name) for name in names[mask])
+        return ", ".join(str(name) for name in self._names()[mask])
+
+    def _fit_bounds(self, X, weight):
+        """Return the map of columns with limits."""
+        low, high = check_bounds(self.bounds, self._names())
+        return Bounds.fit(low, high, X, weight)
 
     def _make_flow(self, mixture, residual, finish, dtype, device, seed):
         """Return a flow that starts as the mixture."""
@@ -390,9 +411,9 @@ class CNFDensity(
             history=history,
         )
 
-    def _keep(self, module, start, history):
+    def _keep(self, module, bounds, start, history):
         """Set the fitted attributes."""
-        self.module_, self._start = module.eval(), start
+        self.module_, self._bounds, self._start = module.eval(), bounds, start
         self.n_components_ = len(start.mixture.weights)
         self.marginals_ = start.marginals is not None
         self.loss_curve_, self.nfe_curve_ = history.loss, history.nfe
@@ -432,6 +453,11 @@ class CNFDensity(
             raise ValueError(
                 f"n_features must be a positive integer. Got {n_features!r}."
             )
+        if self.bounds is not None:
+            raise ValueError(
+                "fit_target does not support bounds: let log_density be that of "
+                "unlimited variables."
+            )
         self.n_features_in_ = int(n_features)
         if hasattr(self, "feature_names_in_"):
             del self.feature_names_in_
@@ -446,7 +472,7 @@ class CNFDensity(
         trainer.fit_target(flow, log_density)
         module = self._make_flow(mixture, True, False, dtype, device, seed)
         module.residual.load_state_dict(flow.residual.state_dict())
-        self._keep(module, start, history)
+        self._keep(module, Bounds.none(n_features), start, history)
         return self
 
     # --- using the density ------------------------------------------------------------
@@ -462,13 +488,23 @@ class CNFDensity(
         Returns
         -------
         ndarray of shape (n_samples,)
-            Logarithms of the density per unit of volume in the units of X.
+            Logarithms of the density per unit of volume in the units of X: -inf on
+            and beyond ``bounds``.
         """
         check_is_fitted(self)
         X = self._validate(X)
-        Z, log_det = self._start.forward(X.astype(np.float64, copy=False))
-        logs = self._by_blocks(Z, self._log_density_of_block)
-        return (logs + log_det).astype(X.dtype)
+        logs = np.full(len(X), -np.inf, dtype=X.dtype)
+        inside = self._bounds.is_inside(X)
+        if inside.any():
+            Z, log_det = self._whiten(X[inside])
+            logs[inside] = self._by_blocks(Z, self._log_density_of_block) + log_det
+        return logs
+
+    def _whiten(self, X):
+        """Return whitened rows and the log-determinants of the map to them."""
+        U, slope = self._bounds.forward(X.astype(np.float64, copy=False))
+        Z, log_det = self._start.forward(U)
+        return Z, log_det + slope
 
     def score(self, X, y=None, sample_weight=None):
         """Return the mean log-density of rows.
@@ -528,10 +564,16 @@ class CNFDensity(
         -------
         ndarray of shape (n_samples, n_features)
             What they are at ``t = 0``.
+
+        Raises
+        ------
+        ValueError
+            If values are on or beyond ``bounds``.
         """
         check_is_fitted(self)
         X = self._validate(X)
-        Z, _ = self._start.forward(X.astype(np.float64, copy=False))
+        self._bounds.check(X, self._names())
+        Z, _ = self._whiten(X)
         Z = self._by_blocks(Z, partial(self._carry, forwards=False))
         return Z.astype(X.dtype, copy=False)
 
@@ -560,7 +602,8 @@ class CNFDensity(
     def _inverse(self, Z):
         carried = self._by_blocks(Z, partial(self._carry, forwards=True))
         rows = self._start.inverse(carried.astype(np.float64, copy=False))
-        return rows.astype(Z.dtype, copy=False)
+        rows = self._bounds.inverse(rows).astype(Z.dtype, copy=False)
+        return self._bounds.keep_inside(rows)
 
     def _carry(self, module, z, settings, forwards):
         """Return where rows get to, and the solutions on the way."""
