@@ -31,13 +31,14 @@ from sknode._base import (
     warn_of_failures,
 )
 from sknode._density_bounds import Bounds, check_bounds
+from sknode._density_dequantize import Grid, count_repetitions, find_tied
 from sknode._density_flow import DYNAMICS, DensityFlow
-from sknode._density_rows import hold_out, merge_rows, warn_of_ties
+from sknode._density_rows import check_columns, hold_out, merge_rows, warn_of_columns
 from sknode._density_start import Start, choose_start
 from sknode._density_training import FlowTrainer
 from sknode._mixture import GaussianMixtureModel
 from sknode._training import History
-from sknode._warp import Whitening
+from sknode._warp import Whitening, kish
 
 __all__ = ["CNFDensity"]
 
@@ -94,6 +95,13 @@ class CNFDensity(
         ``(low, high)``, or a pair for every column; None or infinite where there is no
         limit. Between its limits a column is mapped to the whole line before all else.
         The density is zero beyond them, and no sample is there.
+    dequantize : bool, dict or array-like, default=False
+        Columns of rounded or otherwise discrete values. In ``fit`` they get uniform
+        noise, as wide as their resolution and centred at the values; `sample` rounds to
+        the values. Names, positions or a mask of columns, or a dict from columns to
+        widths; without them the resolution is the smallest gap between values. True
+        takes the columns in which a value occurs again and again, which are warned of
+        otherwise.
     refine : bool, default=True
         Whether a second network is trained by maximum likelihood before the first one:
         it continues the flow from the mixture, whose density needs no solve, to the
@@ -158,6 +166,8 @@ class CNFDensity(
         Components of the mixture that the flow starts from.
     marginals_ : bool
         Whether columns are mapped to normal distributions first.
+    widths_ : ndarray of shape (n_features_in_,)
+        Widths of the columns that are dequantized, 0 for others.
     n_iter_ : int
         Number of epochs; where no network was trained, iterations of the mixture.
     loss_ : float or None
@@ -192,7 +202,11 @@ class CNFDensity(
     many as columns the result is a Gaussian with correlations shrunk towards zero.
 
     Discrete columns have no density, and a flexible model can raise its likelihood
-    without bound on them. Add uniform noise as wide as their resolution before fitting.
+    without bound on them: see ``dequantize``. With it, the probability of a value is
+    about its density times the width, and limits are half a width further out. The
+    noise depends on the different rows only. Where all columns are dequantized, as many
+    draws of it are made for a row as it was repeated, and whole weights count as
+    repetitions; weights that are not all whole numbers do not.
 
     References
     ----------
@@ -223,6 +237,7 @@ class CNFDensity(
         ],
         "marginals": ["boolean", StrOptions({"auto"})],
         "bounds": [None, dict, "array-like"],
+        "dequantize": ["boolean", dict, "array-like"],
         "refine": ["boolean"],
     }
 
@@ -236,6 +251,7 @@ class CNFDensity(
         n_components="auto",
         marginals="auto",
         bounds=None,
+        dequantize=False,
         refine=True,
         solver="dopri5",
         rtol=1e-7,
@@ -265,6 +281,7 @@ class CNFDensity(
         self.n_components = n_components
         self.marginals = marginals
         self.bounds = bounds
+        self.dequantize = dequantize
         self.refine = refine
         self.solver = solver
         self.rtol = rtol
@@ -312,12 +329,14 @@ class CNFDensity(
         device = self._device()
         dtype, seed = self._dtype(X, device), self._seed()
         self._hidden_layer_sizes()
-        X, weight = self._merge(X.astype(np.float64, copy=False), sample_weight)
+        eps, X = np.finfo(X.dtype).eps, X.astype(np.float64, copy=False)
+        X, weight, count = self._merge(X, sample_weight)
+        grid = self._grid if going_on else self._fit_grid(X, count, eps)
+        X, weight, low, high = self._spread(X, weight, count, grid, seed)
         judged = self.early_stopping and len(X) >= LEAST_ROWS
         fraction = self.validation_fraction if judged else 0
         rows = hold_out(len(X), fraction, seed)
-        bounds = self._bounds if going_on else self._fit_bounds(X, weight)
-        bounds.check(X, self._names())
+        bounds = self._bounds if going_on else Bounds.fit(low, high, X, weight)
         U, slope = bounds.forward(X)
         if going_on:
             start = self._start
@@ -343,7 +362,7 @@ class CNFDensity(
         for mine, trained in ((module.finish, finish), (module.residual, residual)):
             if trained is not None:
                 mine.load_state_dict(trained.state_dict())
-        self._keep(module, bounds, start, history)
+        self._keep(module, grid, bounds, start, history)
         context.call_on_fit_task_end(
             estimator=self, X=X, y=None, reconstruction_attributes={}
         )
@@ -356,14 +375,37 @@ class CNFDensity(
         return super()._dtype(X, device)
 
     def _merge(self, X, sample_weight):
-        """Return different rows in sorted order, and their weights."""
+        """Return different rows in sorted order, their weights, how many they were."""
         weight = _check_sample_weight(
             sample_weight, X, dtype=np.float64, ensure_non_negative=True
         )
         kept = weight > 0
         X, weight = X[kept], weight[kept]
-        warn_of_ties(X, self._name_columns)
-        return merge_rows(X, weight, self._name_columns)
+        X, weight, count = merge_rows(X, weight, count_repetitions(weight))
+        check_columns(X, weight, self._name_columns)
+        return X, weight, count
+
+    def _fit_grid(self, X, count, eps):
+        """Return the grids of the columns that are rounded."""
+        return Grid.fit(self.dequantize, X, count, self._names(), eps)
+
+    def _spread(self, X, weight, count, grid, seed):
+        """Return rows within limits, noise on rounded columns, with their weights.
+
+        Returns also the limits, which are half a width further out for such columns.
+        """
+        names = self._names()
+        low, high = check_bounds(self.bounds, names)
+        low, high = low - grid.width / 2, high + grid.width / 2
+        bounds = Bounds(low, high, np.ones(len(low)))
+        bounds.check(X, names)
+        tied = find_tied(X, count) & (grid.width == 0)
+        rng = np.random.default_rng([seed, 1])  # not the draws of anything else
+        X, source = grid.spread(X, count, low, high, rng)
+        X = bounds.keep_inside(X)
+        weight = weight[source] / np.bincount(source)[source]
+        warn_of_columns(X, weight, tied, self._name_columns)
+        return X, weight * (kish(weight) / weight.sum()), low, high
 
     def _names(self):
         """Return the names of the columns, or their positions."""
@@ -371,11 +413,6 @@ class CNFDensity(
 
     def _name_columns(self, mask):
         return ", ".join(str(name) for name in self._names()[mask])
-
-    def _fit_bounds(self, X, weight):
-        """Return the map of columns with limits."""
-        low, high = check_bounds(self.bounds, self._names())
-        return Bounds.fit(low, high, X, weight)
 
     def _make_flow(self, mixture, residual, finish, dtype, device, seed):
         """Return a flow that starts as the mixture."""
@@ -411,9 +448,11 @@ class CNFDensity(
             history=history,
         )
 
-    def _keep(self, module, bounds, start, history):
+    def _keep(self, module, grid, bounds, start, history):
         """Set the fitted attributes."""
-        self.module_, self._bounds, self._start = module.eval(), bounds, start
+        self.module_ = module.eval()
+        self._grid, self._bounds, self._start = grid, bounds, start
+        self.widths_ = grid.width
         self.n_components_ = len(start.mixture.weights)
         self.marginals_ = start.marginals is not None
         self.loss_curve_, self.nfe_curve_ = history.loss, history.nfe
@@ -453,10 +492,10 @@ class CNFDensity(
             raise ValueError(
                 f"n_features must be a positive integer. Got {n_features!r}."
             )
-        if self.bounds is not None:
+        if self.bounds is not None or self.dequantize is not False:
             raise ValueError(
-                "fit_target does not support bounds: let log_density be that of "
-                "unlimited variables."
+                "fit_target does not support bounds or dequantize: let log_density be "
+                "that of unlimited, continuous variables."
             )
         self.n_features_in_ = int(n_features)
         if hasattr(self, "feature_names_in_"):
@@ -472,7 +511,8 @@ class CNFDensity(
         trainer.fit_target(flow, log_density)
         module = self._make_flow(mixture, True, False, dtype, device, seed)
         module.residual.load_state_dict(flow.residual.state_dict())
-        self._keep(module, Bounds.none(n_features), start, history)
+        grid, bounds = Grid.none(n_features), Bounds.none(n_features)
+        self._keep(module, grid, bounds, start, history)
         return self
 
     # --- using the density ------------------------------------------------------------
@@ -550,7 +590,8 @@ class CNFDensity(
                 f"n_samples must be a positive integer. Got {n_samples!r} instead."
             )
         rng = check_random_state(random_state)
-        return self._inverse(rng.normal(size=(int(n_samples), self.n_features_in_)))
+        X = self._inverse(rng.normal(size=(int(n_samples), self.n_features_in_)))
+        return self._grid.round(X, self._bounds.low, self._bounds.high)
 
     def transform(self, X):
         """Carry rows to the standard normal distribution.

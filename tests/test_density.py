@@ -385,7 +385,7 @@ def test_collinear_columns_are_named_and_get_a_little_noise():
 def test_discrete_columns_are_named():
     X = np.random.default_rng(0).normal(size=(100, 3))
     X[:, 0] = X[:, 0].round()
-    with pytest.warns(UserWarning, match=r"again and again: width\. .* uniform noise"):
+    with pytest.warns(UserWarning, match=r"again and again: width\. .* dequantize"):
         CNFDensity(random_state=0).fit(frame_of(X))
 
 
