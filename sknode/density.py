@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import partial
 from numbers import Integral
 from typing import ClassVar
@@ -30,15 +31,15 @@ from sknode._base import (
     padded_blocks,
     warn_of_failures,
 )
-from sknode._density_bounds import Bounds, check_bounds
-from sknode._density_dequantize import Grid, count_repetitions, find_tied
 from sknode._density_flow import DYNAMICS, DensityFlow
-from sknode._density_rows import check_columns, hold_out, merge_rows, warn_of_columns
+from sknode._density_posterior import ClassPosteriorMixin
+from sknode._density_prepare import Maps, prepare_rows
+from sknode._density_rows import hold_out
 from sknode._density_start import Start, choose_start
 from sknode._density_training import FlowTrainer
 from sknode._mixture import GaussianMixtureModel
 from sknode._training import History
-from sknode._warp import Whitening, kish
+from sknode._warp import Whitening
 
 __all__ = ["CNFDensity"]
 
@@ -58,7 +59,11 @@ TRAINING_TOLERANCE = 1e-3
 
 
 class CNFDensity(
-    ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseODEEstimator
+    ClassPosteriorMixin,
+    ClassNamePrefixFeaturesOutMixin,
+    TransformerMixin,
+    DensityMixin,
+    BaseODEEstimator,
 ):
     r"""Density estimation by a continuous normalizing flow.
 
@@ -85,7 +90,7 @@ class CNFDensity(
     n_components : int or "auto", default="auto"
         Components of the mixture that the flow starts from, with full covariances.
         "auto" tries 1, 2, 4, ... up to 64 on held-out rows; 1 is the Gaussian of
-        maximum likelihood.
+        maximum likelihood. Of classes it is the number each, fewer for one of few rows.
     marginals : bool or "auto", default="auto"
         Whether every column is first mapped to a normal distribution by itself, which
         helps where columns are skewed or have heavy tails. "auto" tries both on
@@ -102,6 +107,11 @@ class CNFDensity(
         widths; without them the resolution is the smallest gap between values. True
         takes the columns in which a value occurs again and again, which are warned of
         otherwise.
+    conditional : bool, default=False
+        Whether the density is that of X given y: one column of classes, or one or
+        several of continuous values, as `sklearn.utils.multiclass.type_of_target`
+        tells. Methods then need y as well, and with classes there are `predict`,
+        `predict_proba` and `predict_log_proba`. Otherwise y is ignored.
     refine : bool, default=True
         Whether a second network is trained by maximum likelihood before the first one:
         it continues the flow from the mixture, whose density needs no solve, to the
@@ -163,9 +173,13 @@ class CNFDensity(
     feature_names_in_ : ndarray of shape (n_features_in_,)
         Names of the features, if X had string column names.
     n_components_ : int
-        Components of the mixture that the flow starts from.
+        Components of the mixture that the flow starts from; those of all classes.
     marginals_ : bool
         Whether columns are mapped to normal distributions first.
+    classes_ : ndarray of shape (n_classes,)
+        Labels, if y was classes and ``conditional=True``.
+    class_prior_ : ndarray of shape (n_classes,)
+        Shares of the classes, if there are any.
     widths_ : ndarray of shape (n_features_in_,)
         Widths of the columns that are dequantized, 0 for others.
     n_iter_ : int
@@ -208,6 +222,11 @@ class CNFDensity(
     draws of it are made for a row as it was repeated, and whole weights count as
     repetitions; weights that are not all whole numbers do not.
 
+    With ``conditional=True`` whitening is the same for all y and the mixture depends on
+    it in closed form: classes have components of their own, single ones shrunk towards
+    the covariance within all classes; with values a mixture of X and y together is
+    conditioned on y. Networks have y as an input.
+
     References
     ----------
     .. [1] Chen, Rubanova, Bettencourt & Duvenaud, "Neural Ordinary Differential
@@ -225,6 +244,17 @@ class CNFDensity(
     True
     >>> density.sample(3, random_state=0).shape
     (3, 2)
+
+    Densities of classes, and what Bayes' rule makes of them:
+
+    >>> from sklearn.datasets import load_iris
+    >>> X, y = load_iris(return_X_y=True)
+    >>> widths = dict.fromkeys(range(4), 0.1)  # of rounded values
+    >>> given = CNFDensity(conditional=True, dequantize=widths, random_state=0)
+    >>> given.fit(X, y).predict_proba(X[:1]).round(2)
+    array([[1., 0., 0.]])
+    >>> given.sample(2, random_state=0, y=1).shape
+    (2, 4)
     """
 
     _parameter_constraints: ClassVar[dict] = {
@@ -238,6 +268,7 @@ class CNFDensity(
         "marginals": ["boolean", StrOptions({"auto"})],
         "bounds": [None, dict, "array-like"],
         "dequantize": ["boolean", dict, "array-like"],
+        "conditional": ["boolean"],
         "refine": ["boolean"],
     }
 
@@ -252,6 +283,7 @@ class CNFDensity(
         marginals="auto",
         bounds=None,
         dequantize=False,
+        conditional=False,
         refine=True,
         solver="dopri5",
         rtol=1e-7,
@@ -282,6 +314,7 @@ class CNFDensity(
         self.marginals = marginals
         self.bounds = bounds
         self.dequantize = dequantize
+        self.conditional = conditional
         self.refine = refine
         self.solver = solver
         self.rtol = rtol
@@ -314,8 +347,10 @@ class CNFDensity(
         ----------
         X : array-like of shape (n_samples, n_features)
             Training data.
-        y : None
-            Ignored, so that the estimator can be part of a pipeline.
+        y : array-like of shape (n_samples,) or (n_samples, n_values), optional
+            With ``conditional=True``, one column of classes, or one or several of
+            continuous values. Ignored otherwise, so that the estimator can be part of a
+            pipeline.
         sample_weight : array-like of shape (n_samples,), optional
             Sample weights; only their ratios matter.
 
@@ -324,45 +359,56 @@ class CNFDensity(
         self : object
             The fitted estimator.
         """
-        going_on = self.warm_start and hasattr(self, "module_")
+        going_on = self._goes_on()
         X = self._validate(X, reset=not going_on)
         device = self._device()
         dtype, seed = self._dtype(X, device), self._seed()
         self._hidden_layer_sizes()
-        eps, X = np.finfo(X.dtype).eps, X.astype(np.float64, copy=False)
-        X, weight, count = self._merge(X, sample_weight)
-        grid = self._grid if going_on else self._fit_grid(X, count, eps)
-        X, weight, low, high = self._spread(X, weight, count, grid, seed)
+        weight = _check_sample_weight(
+            sample_weight, X, dtype=np.float64, ensure_non_negative=True
+        )
+        X, given, weight, maps = prepare_rows(
+            X,
+            y,
+            weight,
+            self._names(),
+            seed,
+            parameters=self.get_params(deep=False),
+            maps=self._maps if going_on else None,
+        )
         judged = self.early_stopping and len(X) >= LEAST_ROWS
         fraction = self.validation_fraction if judged else 0
-        rows = hold_out(len(X), fraction, seed)
-        bounds = self._bounds if going_on else Bounds.fit(low, high, X, weight)
-        U, slope = bounds.forward(X)
+        rows = hold_out(len(X), fraction, seed, given.strata())
+        U, slope = maps.bounds.forward(X)
         if going_on:
             start = self._start
         else:
             choices = self.marginals, self.n_components, self.validation_fraction
-            start = choose_start(U, weight, rows[0], *choices, seed)
+            start = choose_start(U, given, weight, rows[0], *choices, seed)
         history = History()
         context = self._init_callback_context(max_subtasks=self.max_iter)
         context.call_on_fit_task_begin(estimator=self, X=X, y=None)
         finish = residual = None
         if judged or not self.early_stopping:
-            trainer = self._trainer(start.mixture, device, seed, history)
+            trainer = self._trainer(
+                start.mixture, maps.condition, device, seed, history
+            )
             Z, log_det = start.forward(U)
             log_det += slope
-            data = [_to_tensors(device, Z[r], weight[r], log_det[r]) for r in rows]
+            arrays = Z, given.rows, weight, log_det
+            data = [_to_tensors(device, *(x[r] for x in arrays)) for r in rows]
             before = self.module_ if going_on else None
             finish, residual = trainer.fit(data, self.refine, before)
         if residual is None and finish is None and judged and not going_on:
             # the rows that were held out have done their work
-            start = start.refit(U, weight, seed)
+            start = start.refit(U, given, weight, seed)
         has = residual is not None, finish is not None
-        module = self._make_flow(start.mixture, *has, dtype, device, seed)
+        what = start.mixture, maps.condition, *has
+        module = self._make_flow(*what, dtype, device, seed)
         for mine, trained in ((module.finish, finish), (module.residual, residual)):
             if trained is not None:
                 mine.load_state_dict(trained.state_dict())
-        self._keep(module, grid, bounds, start, history)
+        self._keep(module, maps, start, history)
         context.call_on_fit_task_end(
             estimator=self, X=X, y=None, reconstruction_attributes={}
         )
@@ -374,56 +420,33 @@ class CNFDensity(
             return torch.float64
         return super()._dtype(X, device)
 
-    def _merge(self, X, sample_weight):
-        """Return different rows in sorted order, their weights, how many they were."""
-        weight = _check_sample_weight(
-            sample_weight, X, dtype=np.float64, ensure_non_negative=True
-        )
-        kept = weight > 0
-        X, weight = X[kept], weight[kept]
-        X, weight, count = merge_rows(X, weight, count_repetitions(weight))
-        check_columns(X, weight, self._name_columns)
-        return X, weight, count
-
-    def _fit_grid(self, X, count, eps):
-        """Return the grids of the columns that are rounded."""
-        return Grid.fit(self.dequantize, X, count, self._names(), eps)
-
-    def _spread(self, X, weight, count, grid, seed):
-        """Return rows within limits, noise on rounded columns, with their weights.
-
-        Returns also the limits, which are half a width further out for such columns.
-        """
-        names = self._names()
-        low, high = check_bounds(self.bounds, names)
-        low, high = low - grid.width / 2, high + grid.width / 2
-        bounds = Bounds(low, high, np.ones(len(low)))
-        bounds.check(X, names)
-        tied = find_tied(X, count) & (grid.width == 0)
-        rng = np.random.default_rng([seed, 1])  # not the draws of anything else
-        X, source = grid.spread(X, count, low, high, rng)
-        X = bounds.keep_inside(X)
-        weight = weight[source] / np.bincount(source)[source]
-        warn_of_columns(X, weight, tied, self._name_columns)
-        return X, weight * (kish(weight) / weight.sum()), low, high
+    def _goes_on(self):
+        """Return whether fit goes on from the last one."""
+        if not (self.warm_start and hasattr(self, "module_")):
+            return False
+        if bool(self.conditional) != bool(self._maps.condition.dim):
+            raise ValueError(
+                "warm_start=True cannot go on from a fit with another value of "
+                "conditional. Use a new estimator."
+            )
+        return True
 
     def _names(self):
         """Return the names of the columns, or their positions."""
         return getattr(self, "feature_names_in_", np.arange(self.n_features_in_))
 
-    def _name_columns(self, mask):
-        return ", ".join(str(name) for name in self._names()[mask])
-
-    def _make_flow(self, mixture, residual, finish, dtype, device, seed):
+    def _make_flow(self, mixture, condition, residual, finish, dtype, device, seed):
         """Return a flow that starts as the mixture."""
         self._module_config = {
-            "dim": mixture.means.shape[1],
+            "dim": self.n_features_in_,
             "n_components": len(mixture.weights),
             "residual": residual,
             "finish": finish,
             "dynamics": self.dynamics,
             "hidden_layer_sizes": self._hidden_layer_sizes(),
             "activation": self.activation,
+            "condition": condition.kind,
+            "condition_dim": condition.dim,
         }
         module = self._new_module(self._module_config, dtype, device, seed)
         module.set_mixture(mixture)
@@ -432,27 +455,37 @@ class CNFDensity(
     def _make_module(self, **config):
         return DensityFlow(**config)
 
-    def _trainer(self, mixture, device, seed, history):
+    def _trainer(self, mixture, condition, device, seed, history):
         """Return what trains the networks."""
 
         def make(residual, finish):
-            args = (mixture, residual, finish, torch.float32, device, seed)
-            return self._make_flow(*args)
+            flags = residual, finish
+            return self._make_flow(
+                mixture, condition, *flags, torch.float32, device, seed
+            )
 
         return FlowTrainer(
             make=make,
             recipe=partial(self._recipe, max_iter=self.max_iter, n_updates=N_UPDATES),
-            settings=self._solver_settings(torch.float32, TRAINING_TOLERANCE),
+            settings=replace(
+                self._solver_settings(torch.float32, TRAINING_TOLERANCE),
+                row_wise=not condition.dim,
+            ),
             objective=self.objective,
             generator=torch.Generator().manual_seed(seed),
             history=history,
         )
 
-    def _keep(self, module, grid, bounds, start, history):
+    def _keep(self, module, maps, start, history):
         """Set the fitted attributes."""
-        self.module_ = module.eval()
-        self._grid, self._bounds, self._start = grid, bounds, start
-        self.widths_ = grid.width
+        self.module_, self._maps, self._start = module.eval(), maps, start
+        self.widths_ = maps.grid.width
+        if maps.condition.kind == "classes":
+            self.classes_ = maps.condition.classes
+            self.class_prior_ = maps.condition.priors
+        else:  # there may be those of an earlier fit
+            vars(self).pop("classes_", None)
+            vars(self).pop("class_prior_", None)
         self.n_components_ = len(start.mixture.weights)
         self.marginals_ = start.marginals is not None
         self.loss_curve_, self.nfe_curve_ = history.loss, history.nfe
@@ -492,12 +525,13 @@ class CNFDensity(
             raise ValueError(
                 f"n_features must be a positive integer. Got {n_features!r}."
             )
-        if self.bounds is not None or self.dequantize is not False:
+        if self.bounds is not None or self.dequantize is not False or self.conditional:
             raise ValueError(
-                "fit_target does not support bounds or dequantize: let log_density be "
-                "that of unlimited, continuous variables."
+                "fit_target does not support bounds, dequantize or conditional: let "
+                "log_density be that of unlimited, continuous variables."
             )
         self.n_features_in_ = int(n_features)
+        maps = Maps.none(n_features)
         if hasattr(self, "feature_names_in_"):
             del self.feature_names_in_
         device, seed = self._device(), self._seed()
@@ -506,24 +540,27 @@ class CNFDensity(
         zero, one = np.zeros(n_features), np.ones(n_features)
         start = Start(None, Whitening(zero, one, np.eye(n_features)), mixture)
         history = History()
-        trainer = self._trainer(mixture, device, seed, history)
+        trainer = self._trainer(mixture, maps.condition, device, seed, history)
         flow = trainer.make(True, False)
         trainer.fit_target(flow, log_density)
-        module = self._make_flow(mixture, True, False, dtype, device, seed)
+        module = self._make_flow(
+            mixture, maps.condition, True, False, dtype, device, seed
+        )
         module.residual.load_state_dict(flow.residual.state_dict())
-        grid, bounds = Grid.none(n_features), Bounds.none(n_features)
-        self._keep(module, grid, bounds, start, history)
+        self._keep(module, maps, start, history)
         return self
 
     # --- using the density ------------------------------------------------------------
 
-    def score_samples(self, X):
+    def score_samples(self, X, y=None):
         """Return the log-density of rows.
 
         Parameters
         ----------
         X : array-like of shape (n_samples, n_features)
             Data.
+        y : array-like of shape (n_samples,) or (n_samples, n_values), optional
+            With ``conditional=True``, what the densities are given. Ignored otherwise.
 
         Returns
         -------
@@ -533,16 +570,32 @@ class CNFDensity(
         """
         check_is_fitted(self)
         X = self._validate(X)
+        return self._log_density(X, self._maps.condition.encode(y, len(X)))
+
+    def _log_density(self, X, C):
+        """Return the log-density of checked rows, given encoded targets."""
         logs = np.full(len(X), -np.inf, dtype=X.dtype)
-        inside = self._bounds.is_inside(X)
+        inside = self._maps.bounds.is_inside(X)
         if inside.any():
             Z, log_det = self._whiten(X[inside])
-            logs[inside] = self._by_blocks(Z, self._log_density_of_block) + log_det
+            logs[inside] = log_det + self._by_blocks(
+                Z, C[inside], self._log_density_of_block
+            )
         return logs
+
+    def _log_densities(self, X):
+        """Return the log-densities (n, n_classes) of rows, given the classes."""
+        X = self._validate(X)
+        self._maps.bounds.check(X, self._names())
+        indicators = np.eye(len(self.classes_))
+        return np.stack(
+            [self._log_density(X, np.tile(row, (len(X), 1))) for row in indicators],
+            axis=1,
+        )
 
     def _whiten(self, X):
         """Return whitened rows and the log-determinants of the map to them."""
-        U, slope = self._bounds.forward(X.astype(np.float64, copy=False))
+        U, slope = self._maps.bounds.forward(X.astype(np.float64, copy=False))
         Z, log_det = self._start.forward(U)
         return Z, log_det + slope
 
@@ -553,8 +606,8 @@ class CNFDensity(
         ----------
         X : array-like of shape (n_samples, n_features)
             Data.
-        y : None
-            Ignored.
+        y : array-like of shape (n_samples,) or (n_samples, n_values), optional
+            With ``conditional=True``, what the densities are given. Ignored otherwise.
         sample_weight : array-like of shape (n_samples,), optional
             Weights of the mean.
 
@@ -563,13 +616,13 @@ class CNFDensity(
         float
             Mean log-density; larger is better.
         """
-        logs = self.score_samples(X)
+        logs = self.score_samples(X, y)
         weight = None
         if sample_weight is not None:
             weight = _check_sample_weight(sample_weight, logs)
         return float(np.average(logs, weights=weight))
 
-    def sample(self, n_samples=1, random_state=None):
+    def sample(self, n_samples=1, random_state=None, *, y=None):
         """Draw rows from the density.
 
         Parameters
@@ -578,6 +631,9 @@ class CNFDensity(
             Number of rows.
         random_state : int, RandomState instance or None, default=None
             Draws them.
+        y : label, value or array-like, optional
+            With ``conditional=True``, what to draw rows for: one class, or one value or
+            row of values, for all samples, or one for each of them.
 
         Returns
         -------
@@ -589,17 +645,42 @@ class CNFDensity(
             raise ValueError(
                 f"n_samples must be a positive integer. Got {n_samples!r} instead."
             )
+        condition, n = self._maps.condition, int(n_samples)
+        C = condition.encode(condition.repeat(y, n), n)
         rng = check_random_state(random_state)
-        X = self._inverse(rng.normal(size=(int(n_samples), self.n_features_in_)))
-        return self._grid.round(X, self._bounds.low, self._bounds.high)
+        X = self._inverse(rng.normal(size=(n, self.n_features_in_)), C)
+        return self._maps.grid.round(X, self._maps.bounds.low, self._maps.bounds.high)
 
-    def transform(self, X):
+    def fit_transform(self, X, y=None, **fit_params):
+        """Fit to rows, and carry them to the standard normal distribution.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+            Data.
+        y : array-like of shape (n_samples,) or (n_samples, n_values), optional
+            As in `fit`.
+        **fit_params : dict
+            Further arguments of `fit`.
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_features)
+            What `transform` returns.
+        """
+        if not self.conditional:
+            return super().fit_transform(X, y, **fit_params)
+        return self.fit(X, y, **fit_params).transform(X, y)
+
+    def transform(self, X, y=None):
         """Carry rows to the standard normal distribution.
 
         Parameters
         ----------
         X : array-like of shape (n_samples, n_features)
             Data.
+        y : array-like of shape (n_samples,) or (n_samples, n_values), optional
+            With ``conditional=True``, what the densities are given. Ignored otherwise.
 
         Returns
         -------
@@ -613,18 +694,21 @@ class CNFDensity(
         """
         check_is_fitted(self)
         X = self._validate(X)
-        self._bounds.check(X, self._names())
+        C = self._maps.condition.encode(y, len(X))
+        self._maps.bounds.check(X, self._names())
         Z, _ = self._whiten(X)
-        Z = self._by_blocks(Z, partial(self._carry, forwards=False))
+        Z = self._by_blocks(Z, C, partial(self._carry, forwards=False))
         return Z.astype(X.dtype, copy=False)
 
-    def inverse_transform(self, Z):
+    def inverse_transform(self, Z, y=None):
         """Carry rows back from the standard normal distribution.
 
         Parameters
         ----------
         Z : array-like of shape (n_samples, n_features)
             Rows as `transform` returns them.
+        y : array-like of shape (n_samples,) or (n_samples, n_values), optional
+            With ``conditional=True``, what the densities are given. Ignored otherwise.
 
         Returns
         -------
@@ -638,13 +722,13 @@ class CNFDensity(
                 f"Z has {Z.shape[1]} features, but {type(self).__name__} was fitted "
                 f"with {self.n_features_in_}."
             )
-        return self._inverse(Z)
+        return self._inverse(Z, self._maps.condition.encode(y, len(Z)))
 
-    def _inverse(self, Z):
-        carried = self._by_blocks(Z, partial(self._carry, forwards=True))
+    def _inverse(self, Z, C):
+        carried = self._by_blocks(Z, C, partial(self._carry, forwards=True))
         rows = self._start.inverse(carried.astype(np.float64, copy=False))
-        rows = self._bounds.inverse(rows).astype(Z.dtype, copy=False)
-        return self._bounds.keep_inside(rows)
+        rows = self._maps.bounds.inverse(rows).astype(Z.dtype, copy=False)
+        return self._maps.bounds.keep_inside(rows)
 
     def _carry(self, module, z, settings, forwards):
         """Return where rows get to, and the solutions on the way."""
@@ -673,18 +757,26 @@ class CNFDensity(
             change = change + solutions[-1].y[:, -1, -1]
         return mixture - change, solutions
 
-    def _by_blocks(self, Z, compute):
-        """Return results for rows, in blocks of a size that bounds the memory."""
+    def _by_blocks(self, Z, C, compute):
+        """Return results for whitened rows, given encoded targets.
+
+        They are computed in blocks of a size that bounds the memory.
+        """
         module = self._module_for_prediction()
         like = module.mixture.axes
         single = like.dtype == torch.float32
-        settings = self._solver_settings(like.dtype, SINGLE_TOLERANCE if single else 0)
+        settings = replace(
+            self._solver_settings(like.dtype, SINGLE_TOLERANCE if single else 0),
+            row_wise=not module.condition_dim,
+        )
         rows_each = min(CHUNK_ROWS, CHUNK_VALUES // module.mixture.variances.numel())
         results, failures = [], []
         with torch.no_grad():
-            for n, rows in padded_blocks(Z, rows_each):
+            for n, rows in padded_blocks(np.hstack([Z, C]), rows_each):
                 block = torch.from_numpy(rows).to(like.device, like.dtype)
-                result, solutions = compute(module, block, settings)
+                z, condition = block.split([module.dim, module.condition_dim], 1)
+                flow = module.given(condition)
+                result, solutions = compute(flow, z.contiguous(), settings)
                 failures += [
                     s.failure_report() for s in solutions if s.status[:n].any()
                 ]
@@ -705,10 +797,11 @@ class CNFDensity(
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+        tags.target_tags.required = bool(self.conditional)
         return tags
 
 
-def _to_tensors(device, Z, weight, log_det):
-    """Return whitened rows and their weights in single precision, and log_det."""
-    single = (torch.from_numpy(x).to(device, torch.float32) for x in (Z, weight))
+def _to_tensors(device, Z, C, weight, log_det):
+    """Return rows, conditions and weights in single precision, and log_det."""
+    single = (torch.from_numpy(x).to(device, torch.float32) for x in (Z, C, weight))
     return (*single, torch.from_numpy(log_det))
