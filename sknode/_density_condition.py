@@ -132,13 +132,14 @@ class ClassCondition:
     def encode(self, y, n):
         """Return indicators (n, n_classes)."""
         y = column_or_1d(check_target(y, n), warn=True)
-        unseen = np.setdiff1d(y, self.classes)
-        if len(unseen):
+        labels, known = y.tolist(), self.classes.tolist()
+        position = {label: i for i, label in enumerate(known)}
+        unseen = sorted(set(labels) - set(known), key=str)
+        if unseen:
             raise ValueError(
-                f"y has labels that were not seen in fit: {unseen.tolist()}. Known "
-                f"are {self.classes.tolist()}."
+                f"y has labels that were not seen in fit: {unseen}. Known are {known}."
             )
-        return np.eye(self.dim)[np.searchsorted(self.classes, y)]
+        return np.eye(self.dim)[[position[label] for label in labels]]
 
     def repeat(self, y, n):
         """Return labels (n,) of rows to sample."""

@@ -210,7 +210,8 @@ class CNFDensity(
     -----
     Equal rows are merged and their weights added, and all draws depend on the merged
     rows in sorted order: a weight of 2 equals a row twice, and the order of rows does
-    not matter. Weights are relative.
+    not matter. Weights are relative. With ``conditional=True`` rows are equal if y is
+    equal, too.
 
     With fewer than 200 different rows no network is trained; with fewer than twice as
     many as columns the result is a Gaussian with correlations shrunk towards zero.

@@ -269,18 +269,18 @@ def test_weights_are_repetitions_and_the_order_does_not_matter(data):
     assert mean == pytest.approx(np.average(logs, weights=weight))
 
 
+def roundtrip_skops(density):
+    skops = pytest.importorskip("skops.io")
+    data = skops.dumps(density)
+    return skops.loads(data, trusted=skops.get_untrusted_types(data=data))
+
+
 @pytest.mark.parametrize("name", ["of_values", "of_classes", "of_several"])
 def test_survives(name, request):
-    skops = pytest.importorskip("skops.io")
     density = request.getfixturevalue(name)
     y = {"of_values": 0.5, "of_classes": "b", "of_several": [0.5, 1.0]}[name]
     X, y = density.sample(20, random_state=0, y=y), [y] * 20
-    data = skops.dumps(density)
-    trusted = skops.get_untrusted_types(data=data)
-    for again in (
-        pickle.loads(pickle.dumps(density)),
-        skops.loads(data, trusted=trusted),
-    ):
+    for again in (pickle.loads(pickle.dumps(density)), roundtrip_skops(density)):
         np.testing.assert_array_equal(
             again.score_samples(X, y), density.score_samples(X, y)
         )
@@ -365,20 +365,20 @@ def test_without_conditional_y_is_ignored():
 def test_classes_are_forgotten_by_the_next_fit():
     X, y, _ = blobs(60, 0)
     density = CNFDensity(random_state=0, n_components=1, conditional=True).fit(X, y)
-    density.fit(X, X[:, 0])
+    density.fit(X, np.random.default_rng(0).normal(size=60))
     assert not hasattr(density, "classes_")
     assert not hasattr(density, "predict")
 
 
 def test_frames_and_series_are_accepted(of_classes):
     X, y, _ = blobs(300, 0)
-    density = CNFDensity(**SHORT, marginals=True).fit(
-        pd.DataFrame(X, columns=["u", "v"]), pd.Series(y)
-    )
-    np.testing.assert_array_equal(
-        density.score_samples(pd.DataFrame(X, columns=["u", "v"]), pd.Series(y)),
-        of_classes.score_samples(X, y),
-    )
+    frame, labels = pd.DataFrame(X, columns=["u", "v"]), pd.Series(y, dtype="category")
+    density = CNFDensity(**SHORT, marginals=True).fit(frame, labels)
+    expected = of_classes.score_samples(X, y)
+    np.testing.assert_array_equal(density.score_samples(frame, labels), expected)
+    assert set(density.predict(frame)) == {"a", "b"}
+    again = roundtrip_skops(density)
+    np.testing.assert_array_equal(again.score_samples(frame, list(y)), expected)
 
 
 @pytest.mark.parametrize(
@@ -405,6 +405,7 @@ def test_unsuitable_targets_are_rejected(y, message):
         ("of_values", [[1.0, 2.0]] * 2, "y has 2 columns, but had 1 in fit"),
         ("of_several", [1.0, 2.0], "y has 1 columns, but had 2 in fit"),
         ("of_classes", ["a", "z"], r"not seen in fit: \['z'\]. Known are \['a', 'b'\]"),
+        ("of_classes", [1, 2], r"not seen in fit: \[1, 2\]"),
         ("of_classes", None, "y is missing"),
     ],
 )

@@ -164,10 +164,9 @@ class JointMixtureField(nn.Module):
     def given(self, condition: Tensor) -> MixtureField:
         """Return the flow for rows with conditions (n, condition_dim)."""
         u = condition[:, None, :] - self.condition_means  # (n, k, condition_dim)
-        # sums over few columns, not products of matrices, whose rounding depends on
-        # how many rows there are
-        z = (self.whiten * u[:, :, None, :]).sum(-1)
+        z = torch.einsum("kqr,nkr->nkq", self.whiten, u)
         logs = self.whiten.diagonal(dim1=1, dim2=2).log().sum(-1)
         logs = self.components.log_weights + logs - 0.5 * z.square().sum(-1)
-        centres = self.components.centres + (self.slopes * u[:, :, None, :]).sum(-1)
+        shift = torch.einsum("kjq,nkq->nkj", self.slopes, u)
+        centres = self.components.centres + shift
         return self.components.replace(logs.log_softmax(-1), centres)
