@@ -27,7 +27,7 @@ __all__ = [
 MORE_ROWS = 1
 
 
-def fit_condition(y, weight):
+def fit_condition(y, weight, kind=True):
     """Learn from targets what they are.
 
     Parameters
@@ -36,25 +36,23 @@ def fit_condition(y, weight):
         Targets.
     weight : ndarray of shape (n,)
         Weights, positive.
+    kind : {True, "classes", "values"}
+        What they are; True to tell from their type.
 
     Returns
     -------
     ClassCondition or ValueCondition
     """
     y = check_target(y, len(weight))
-    kind = type_of_target(y, input_name="y")
-    if kind in ("binary", "multiclass"):
+    if kind is True or isinstance(kind, np.bool_):
+        kind = _kind_of_target(y)
+    if kind == "classes":
         y = column_or_1d(y, warn=True)
         classes, label = np.unique(y, return_inverse=True)
-        return ClassCondition(
-            classes, np.bincount(label, weights=weight / weight.sum())
-        )
-    if kind not in ("continuous", "continuous-multioutput"):
-        raise ValueError(
-            "With conditional=True y must be one column of classes, or one or several "
-            f"of continuous values. Got a {kind} target."
-        )
-    y = y.astype(np.float64).reshape(len(y), -1)
+        shares = np.bincount(label, weights=weight / weight.sum())
+        return ClassCondition(classes, shares)
+    y = check_array(y, ensure_2d=False, dtype=np.float64, input_name="y")
+    y = y.reshape(len(y), -1)
     constant = find_constant(y, weight)
     if constant.any():
         which = ", ".join(map(str, np.flatnonzero(constant)))
@@ -62,6 +60,20 @@ def fit_condition(y, weight):
     mean = np.average(y, axis=0, weights=weight)
     scale = np.sqrt(np.average((y - mean) ** 2, axis=0, weights=weight))
     return ValueCondition(mean, scale)
+
+
+def _kind_of_target(y):
+    """Return whether targets are classes or values, by their type."""
+    kind = type_of_target(y, input_name="y")
+    if kind in ("binary", "multiclass"):
+        return "classes"
+    if kind in ("continuous", "continuous-multioutput"):
+        return "values"
+    raise ValueError(
+        "With conditional=True y must be one column of classes, or one or several of "
+        f"continuous values. Got a {kind} target. conditional='values' takes all "
+        "numbers for values."
+    )
 
 
 def check_target(y, n):

@@ -12,7 +12,7 @@ __all__ = ["ClassPosteriorMixin"]
 
 def _may_have_classes(estimator) -> bool:
     """Return whether the density is conditional, and not known to be on values."""
-    if not estimator.conditional:
+    if not estimator.conditional or estimator.conditional == "values":
         return False
     return hasattr(estimator, "classes_") or not hasattr(estimator, "module_")
 
@@ -21,14 +21,14 @@ class ClassPosteriorMixin:
     """Methods of an estimator whose density depends on classes.
 
     Its `_log_densities` returns those of rows (n, n_classes) given the classes. The
-    methods are there with ``conditional=True``, unless y was values in ``fit``.
+    methods are there if it is conditional, unless y is values.
     """
 
     @available_if(_may_have_classes)
     def predict_log_proba(self, X):
         """Return logarithms of the probabilities of the classes, by Bayes' rule.
 
-        Only with ``conditional=True`` and classes.
+        Only if the density is conditional, on classes.
 
         Parameters
         ----------
@@ -56,7 +56,7 @@ class ClassPosteriorMixin:
     def predict_proba(self, X):
         """Return the probabilities of the classes, by Bayes' rule.
 
-        Only with ``conditional=True`` and classes.
+        Only if the density is conditional, on classes.
 
         Parameters
         ----------
@@ -75,7 +75,7 @@ class ClassPosteriorMixin:
     def predict(self, X):
         """Return the most probable classes.
 
-        Only with ``conditional=True`` and classes.
+        Only if the density is conditional, on classes.
 
         Parameters
         ----------

@@ -78,10 +78,13 @@ def prepare_rows(X, y, weight, names, seed, parameters, maps=None):
         What was learned about columns and targets.
     """
     eps, X = np.finfo(X.dtype).eps, X.astype(np.float64, copy=False)
-    kept, condition = weight > 0, Unconditional()
-    if parameters["conditional"]:
+    kept, kind = weight > 0, parameters["conditional"]
+    if kind:
         y = check_target(y, len(X))[kept]
-        condition = fit_condition(y, weight[kept]) if maps is None else maps.condition
+    if maps is not None:
+        condition = maps.condition
+    else:
+        condition = fit_condition(y, weight[kept], kind) if kind else Unconditional()
     X, weight = X[kept], weight[kept]
     rows = np.hstack([X, condition.encode(y, len(X))])
     rows, weight, count = merge_rows(rows, weight, count_repetitions(weight))

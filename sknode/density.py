@@ -107,11 +107,12 @@ class CNFDensity(
         widths; without them the resolution is the smallest gap between values. True
         takes the columns in which a value occurs again and again, which are warned of
         otherwise.
-    conditional : bool, default=False
+    conditional : bool or {"classes", "values"}, default=False
         Whether the density is that of X given y: one column of classes, or one or
-        several of continuous values, as `sklearn.utils.multiclass.type_of_target`
-        tells. Methods then need y as well, and with classes there are `predict`,
-        `predict_proba` and `predict_log_proba`. Otherwise y is ignored.
+        several of values. True lets `sklearn.utils.multiclass.type_of_target` tell,
+        for which whole numbers are classes. Methods then need y as well, and with
+        classes there are `predict`, `predict_proba` and `predict_log_proba`. Otherwise
+        y is ignored.
     refine : bool, default=True
         Whether a second network is trained by maximum likelihood before the first one:
         it continues the flow from the mixture, whose density needs no solve, to the
@@ -177,7 +178,7 @@ class CNFDensity(
     marginals_ : bool
         Whether columns are mapped to normal distributions first.
     classes_ : ndarray of shape (n_classes,)
-        Labels, if y was classes and ``conditional=True``.
+        Labels, if the density is conditional on classes.
     class_prior_ : ndarray of shape (n_classes,)
         Shares of the classes, if there are any.
     widths_ : ndarray of shape (n_features_in_,)
@@ -269,7 +270,7 @@ class CNFDensity(
         "marginals": ["boolean", StrOptions({"auto"})],
         "bounds": [None, dict, "array-like"],
         "dequantize": ["boolean", dict, "array-like"],
-        "conditional": ["boolean"],
+        "conditional": ["boolean", StrOptions({"classes", "values"})],
         "refine": ["boolean"],
     }
 
@@ -349,9 +350,8 @@ class CNFDensity(
         X : array-like of shape (n_samples, n_features)
             Training data.
         y : array-like of shape (n_samples,) or (n_samples, n_values), optional
-            With ``conditional=True``, one column of classes, or one or several of
-            continuous values. Ignored otherwise, so that the estimator can be part of a
-            pipeline.
+            If ``conditional``, one column of classes, or one or several of values.
+            Ignored otherwise, so that the estimator can be part of a pipeline.
         sample_weight : array-like of shape (n_samples,), optional
             Sample weights; only their ratios matter.
 
@@ -561,7 +561,7 @@ class CNFDensity(
         X : array-like of shape (n_samples, n_features)
             Data.
         y : array-like of shape (n_samples,) or (n_samples, n_values), optional
-            With ``conditional=True``, what the densities are given. Ignored otherwise.
+            If ``conditional``, what the densities are given. Ignored otherwise.
 
         Returns
         -------
@@ -608,7 +608,7 @@ class CNFDensity(
         X : array-like of shape (n_samples, n_features)
             Data.
         y : array-like of shape (n_samples,) or (n_samples, n_values), optional
-            With ``conditional=True``, what the densities are given. Ignored otherwise.
+            If ``conditional``, what the densities are given. Ignored otherwise.
         sample_weight : array-like of shape (n_samples,), optional
             Weights of the mean.
 
@@ -633,7 +633,7 @@ class CNFDensity(
         random_state : int, RandomState instance or None, default=None
             Draws them.
         y : label, value or array-like, optional
-            With ``conditional=True``, what to draw rows for: one class, or one value or
+            If ``conditional``, what to draw rows for: one class, or one value or
             row of values, for all samples, or one for each of them.
 
         Returns
@@ -681,7 +681,7 @@ class CNFDensity(
         X : array-like of shape (n_samples, n_features)
             Data.
         y : array-like of shape (n_samples,) or (n_samples, n_values), optional
-            With ``conditional=True``, what the densities are given. Ignored otherwise.
+            If ``conditional``, what the densities are given. Ignored otherwise.
 
         Returns
         -------
@@ -709,7 +709,7 @@ class CNFDensity(
         Z : array-like of shape (n_samples, n_features)
             Rows as `transform` returns them.
         y : array-like of shape (n_samples,) or (n_samples, n_values), optional
-            With ``conditional=True``, what the densities are given. Ignored otherwise.
+            If ``conditional``, what the densities are given. Ignored otherwise.
 
         Returns
         -------

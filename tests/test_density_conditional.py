@@ -351,6 +351,19 @@ def test_methods_of_classifiers_are_there_only_for_classes(of_values, of_classes
         CNFDensity(conditional=True).predict([[0.0]])
 
 
+def test_whole_numbers_are_classes_unless_said_otherwise():
+    X, y, _ = wave(120, 0)
+    whole = y.round()
+    settings = SHORT | {"max_iter": 1}
+    assert len(CNFDensity(**settings).fit(X, whole).classes_) == 7
+    density = CNFDensity(**settings | {"conditional": "values"}).fit(X, whole)
+    assert not hasattr(density, "classes_")
+    assert np.isfinite(density.score_samples(X, y)).all()
+    density.set_params(conditional="classes").fit(X, y.round(0) / 2)
+    np.testing.assert_array_equal(density.classes_, np.arange(-3, 4) / 2)
+    assert not hasattr(CNFDensity(conditional="values"), "predict")
+
+
 def test_without_conditional_y_is_ignored():
     X, y, _ = blobs(60, 0)
     density = CNFDensity(random_state=0, n_components=1).fit(X, y)
