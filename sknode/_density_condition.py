@@ -80,7 +80,7 @@ def check_target(y, n):
     """Return targets as an array without missing values, one a row."""
     if y is None:
         raise ValueError(
-            "y is missing: with conditional=True the density depends on it."
+            "A conditional density requires y to be passed, but the target y is None."
         )
     y = check_array(y, ensure_2d=False, dtype=None, input_name="y")
     check_consistent_length(np.empty(n), y)

@@ -12,6 +12,8 @@ from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from sklearn.utils import get_tags
+from sklearn.utils.estimator_checks import check_requires_y_none
 
 from sknode import CNFDensity
 
@@ -341,6 +343,24 @@ def test_grid_search_by_held_out_likelihood():
     assert np.isfinite(cross_val_score(pipeline, X, y, cv=2)).all()
 
 
+def test_y_is_required_as_scikit_learn_has_it():
+    check_requires_y_none("CNFDensity", CNFDensity(conditional=True))
+    assert get_tags(CNFDensity(conditional=True)).target_tags.required
+    assert not get_tags(CNFDensity()).target_tags.required
+
+
+def test_single_precision_and_frames_come_back():
+    X, y, _ = blobs(300, 0)
+    frame = pd.DataFrame(X.astype("f4"), columns=["u", "v"])
+    density = CNFDensity(**SHORT, dtype="float32").set_output(transform="pandas")
+    Z = density.fit_transform(frame, y)
+    assert list(Z.columns) == ["cnfdensity0", "cnfdensity1"]
+    assert set(Z.dtypes) == {np.dtype("f4")}
+    assert density.score_samples(frame, y).dtype == np.float32
+    assert density.predict_proba(frame).dtype == np.float32
+    assert np.abs(density.inverse_transform(Z, y) - X).max() < 0.01
+
+
 def test_methods_of_classifiers_are_there_only_for_classes(of_values, of_classes):
     for method in ("predict", "predict_proba", "predict_log_proba"):
         assert hasattr(of_classes, method)
@@ -397,7 +417,7 @@ def test_frames_and_series_are_accepted(of_classes):
 @pytest.mark.parametrize(
     ("y", "message"),
     [
-        (None, "y is missing"),
+        (None, "requires y to be passed"),
         ([0.5] * 299, "inconsistent numbers of samples"),
         ([0.5] * 299 + [np.nan], "Input y contains NaN"),
         (np.full(300, 0.5), "y has constant columns: 0"),
@@ -412,14 +432,14 @@ def test_unsuitable_targets_are_rejected(y, message):
 @pytest.mark.parametrize(
     ("name", "y", "message"),
     [
-        ("of_values", None, "y is missing"),
+        ("of_values", None, "requires y to be passed"),
         ("of_values", [1.0], "inconsistent numbers of samples"),
         ("of_values", [1.0, np.nan], "Input y contains NaN"),
         ("of_values", [[1.0, 2.0]] * 2, "y has 2 columns, but had 1 in fit"),
         ("of_several", [1.0, 2.0], "y has 1 columns, but had 2 in fit"),
         ("of_classes", ["a", "z"], r"not seen in fit: \['z'\]. Known are \['a', 'b'\]"),
         ("of_classes", [1, 2], r"not seen in fit: \[1, 2\]"),
-        ("of_classes", None, "y is missing"),
+        ("of_classes", None, "requires y to be passed"),
     ],
 )
 def test_unsuitable_conditions_are_rejected(name, y, message, request):
@@ -433,7 +453,7 @@ def test_unsuitable_conditions_are_rejected(name, y, message, request):
 @pytest.mark.parametrize(
     ("name", "y", "message"),
     [
-        ("of_values", None, "y is missing"),
+        ("of_values", None, "requires y to be passed"),
         ("of_values", [1.0, 2.0], "one entry for all samples, or n_samples = 3. Got 2"),
         ("of_several", 1.0, "y has 1 columns, but had 2"),
         ("of_classes", "z", "not seen in fit"),
