@@ -48,8 +48,7 @@ class ClassPosteriorMixin:
         """
         check_is_fitted(self)
         logs = self._log_densities(X)
-        with np.errstate(under="ignore"):
-            posterior = log_softmax(logs + np.log(self.class_prior_), axis=1)
+        posterior = log_softmax(logs + np.log(self.class_prior_), axis=1)
         return posterior.astype(logs.dtype, copy=False)
 
     @available_if(_may_have_classes)
