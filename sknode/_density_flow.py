@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
 from sknode.fields import (
+    ClassMixtureField,
     ConcatSquashField,
+    GivenField,
+    JointMixtureField,
     LogDensityField,
     MixtureField,
     PlanarField,
@@ -54,6 +59,10 @@ class DensityFlow(nn.Module):
         Their layers; the sum of them is the number of planar units.
     activation : str
         Their activation.
+    condition : {None, "classes", "values"}
+        What densities depend on, if anything: `given` has then to be called first.
+    condition_dim : int
+        Number of classes or of values.
     """
 
     def __init__(
@@ -65,31 +74,59 @@ class DensityFlow(nn.Module):
         dynamics,
         hidden_layer_sizes,
         activation,
+        condition=None,
+        condition_dim=0,
     ):
         super().__init__()
-        self.dim = dim
-        self.mixture = MixtureField(
-            torch.ones(n_components),
-            torch.zeros(n_components, dim),
-            torch.eye(dim).expand(n_components, -1, -1),
+        self.dim, self.condition, self.condition_dim = dim, condition, condition_dim
+        size = dim + condition_dim * (condition == "values")
+        classes = (condition_dim,) * (condition == "classes")
+        self.mixture = self._make_mixture(
+            torch.ones(n_components, *classes),
+            torch.zeros(n_components, size),
+            torch.eye(size).expand(n_components, -1, -1),
         )
+        settings = {"zero_init": True, "condition_dim": condition_dim}
 
         def field():
             if dynamics == "planar":
-                return PlanarField(dim, sum(hidden_layer_sizes), zero_init=True)
-            return ConcatSquashField(
-                dim, hidden_layer_sizes, activation, zero_init=True
-            )
+                return PlanarField(dim, sum(hidden_layer_sizes), **settings)
+            return ConcatSquashField(dim, hidden_layer_sizes, activation, **settings)
 
         self.residual = field() if residual else None
         self.finish = LogDensityField(field()) if finish else None
+
+    def _make_mixture(self, weights, means, covariances):
+        if self.condition == "classes":
+            return ClassMixtureField(weights, means, covariances)
+        if self.condition == "values":
+            return JointMixtureField(self.dim, weights, means, covariances)
+        return MixtureField(weights, means, covariances)
 
     def set_mixture(self, model) -> None:
         """Take over a fitted mixture."""
         arrays = (model.weights, model.means, model.covariances)
         like = self.mixture.axes
-        field = MixtureField(*(torch.from_numpy(x) for x in arrays))
+        field = self._make_mixture(*(torch.from_numpy(x) for x in arrays))
         self.mixture = field.to(like.device, like.dtype)
+
+    def given(self, condition: Tensor) -> DensityFlow:
+        """Return the flow of rows with conditions (n, condition_dim).
+
+        It shares the weights, and holds a condition for every row: solve with
+        ``row_wise=False``. Without conditions it is this flow itself.
+        """
+        if not self.condition_dim:
+            return self
+        flow, parts = copy.copy(self), {"mixture": self.mixture.given(condition)}
+        parts["residual"] = parts["finish"] = None
+        if self.residual is not None:
+            parts["residual"] = GivenField(self.residual, condition)
+        if self.finish is not None:
+            field = GivenField(self.finish.field, condition)
+            parts["finish"] = LogDensityField(field)
+        flow._modules = parts
+        return flow
 
     def velocity(self, t: Tensor, y: Tensor) -> Tensor:
         """Return the slopes (n, dim) before t = 1."""
@@ -161,7 +198,11 @@ def _make_cuts(n_steps, generator):
 
 
 def flow_matching_loss(
-    flow: DensityFlow, x1: Tensor, n_draws: int, generator: torch.Generator
+    flow: DensityFlow,
+    x1: Tensor,
+    condition: Tensor,
+    n_draws: int,
+    generator: torch.Generator,
 ) -> Tensor:
     """Return the losses (n,) of the residual on the linear path to rows.
 
@@ -181,6 +222,7 @@ def flow_matching_loss(
     noise = torch.randn(half, n, dim, generator=generator)
     x0 = torch.cat([noise, -noise]).reshape(-1, dim).to(x1)
     x1 = x1.repeat(2 * half, 1)
+    flow = flow.given(condition.repeat(2 * half, 1))
     y = torch.lerp(x0, x1, t)
     with torch.no_grad():
         target = x1 - x0 - flow.mixture(t, y)

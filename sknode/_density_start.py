@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sknode._mixture import GaussianMixtureModel, fit_mixture
+from sknode._density_condition import ClassMixture, JointMixture
+from sknode._density_rows import deal, hold_out
+from sknode._mixture import GaussianMixtureModel
 from sknode._warp import Marginals, Whitening, find_constant
 
 __all__ = ["Start", "choose_start", "fit_start", "is_better"]
@@ -30,13 +32,13 @@ class Start:
         Applied first, if at all.
     whitening : Whitening
         Applied second.
-    mixture : GaussianMixtureModel
+    mixture : GaussianMixtureModel, ClassMixture or JointMixture
         Density of whitened rows.
     """
 
     marginals: Marginals | None
     whitening: Whitening
-    mixture: GaussianMixtureModel
+    mixture: GaussianMixtureModel | ClassMixture | JointMixture
 
     def forward(self, X):
         """Return whitened rows and the log-determinants of the map."""
@@ -51,25 +53,27 @@ class Start:
         X = self.whitening.inverse(Z)
         return X if self.marginals is None else self.marginals.inverse(X)
 
-    def log_density(self, X):
+    def log_density(self, X, given):
         """Return the log-density in the units of X."""
         Z, log_det = self.forward(X)
-        return self.mixture.log_density(Z) + log_det
+        return given.log_density(self.mixture, Z) + log_det
 
-    def refit(self, X, weight, seed):
+    def refit(self, X, given, weight, seed):
         """Return maps and mixture for all rows, from where they are."""
         if len(self.mixture.weights) > 1:
-            return fit_start(X, weight, None, None, seed, start=self)
-        return fit_start(X, weight, self.marginals is not None, 1, seed)
+            return fit_start(X, given, weight, None, None, seed, start=self)
+        return fit_start(X, given, weight, self.marginals is not None, 1, seed)
 
 
-def fit_start(X, weight, marginals, n_components, seed, start=None):
+def fit_start(X, given, weight, marginals, n_components, seed, start=None):
     """Fit maps and mixture to weighted rows.
 
     Parameters
     ----------
     X : ndarray of shape (n, d)
         Rows.
+    given : Given
+        What their density depends on.
     weight : ndarray of shape (n,)
         Their weights.
     marginals : bool
@@ -84,7 +88,7 @@ def fit_start(X, weight, marginals, n_components, seed, start=None):
     rng = np.random.RandomState(seed)
     if start is not None:
         Z, _ = start.forward(X)
-        mixture = fit_mixture(Z, weight, None, rng, start=start.mixture)
+        mixture = given.fit_mixture(Z, weight, None, rng, start=start.mixture)
         return Start(start.marginals, start.whitening, mixture)
     warp, Z = None, X
     if marginals:
@@ -92,20 +96,20 @@ def fit_start(X, weight, marginals, n_components, seed, start=None):
         warp = Marginals.fit(X, weight, k, rng)
         Z, _ = warp.forward(X)
     whitening = Whitening.fit(Z, weight)
-    mixture = GaussianMixtureModel.standard_normal(X.shape[1])
-    if n_components > 1:
-        Z, _ = whitening.forward(Z)
-        mixture = fit_mixture(Z, weight, n_components, rng)
+    Z, _ = whitening.forward(Z)
+    mixture = given.fit_mixture(Z, weight, n_components, rng)
     return Start(warp, whitening, mixture)
 
 
-def choose_start(X, weight, train, marginals, n_components, fraction, seed):
+def choose_start(X, given, weight, train, marginals, n_components, fraction, seed):
     """Fit to the rows for training what held-out rows choose.
 
     Parameters
     ----------
     X, weight : ndarray
         Rows and their weights.
+    given : Given
+        What their density depends on.
     train : ndarray of int
         Indices of the rows that the result is fitted to.
     marginals : bool or "auto"
@@ -121,27 +125,32 @@ def choose_start(X, weight, train, marginals, n_components, fraction, seed):
     if n_components == "auto" and n < 2 * dim:  # nothing beyond a Gaussian can be told
         marginals, n_components = False, 1
     elif "auto" in (n_components, marginals):
-        folds = _make_folds(X, weight, fraction, seed)
+        folds = _make_folds(X, given, weight, fraction, seed)
         if folds:
             choices = marginals, n_components
-            marginals, n_components = _compare_starts(X, weight, folds, *choices, seed)
+            marginals, n_components = _compare_starts(
+                X, given, weight, folds, *choices, seed
+            )
         else:  # too few rows to hold any out
             marginals = marginals is True
             n_components = 1 if n_components == "auto" else n_components
     rows = np.sort(train)
-    return fit_start(X[rows], weight[rows], bool(marginals), n_components, seed)
+    return fit_start(
+        X[rows], given.take(rows), weight[rows], bool(marginals), n_components, seed
+    )
 
 
-def _make_folds(X, weight, fraction, seed):
+def _make_folds(X, given, weight, fraction, seed):
     """Return pairs of indices: rows to fit to, and rows to judge by."""
-    n = len(X)
-    order = np.random.RandomState(seed).permutation(n)
+    n, strata = len(X), given.strata()
     if n < FEW_ROWS:
+        order = np.random.RandomState(seed).permutation(n)
+        if strata is not None:
+            order = deal(order, strata, N_FOLDS)
         parts = np.array_split(order, min(N_FOLDS, n))
         folds = [(np.setdiff1d(order, part), part) for part in parts]
     else:
-        cut = max(1, round(fraction * n))
-        folds = [(order[cut:], order[:cut])]
+        folds = [hold_out(n, fraction, seed, strata)]
     return [
         (np.sort(a), np.sort(b))
         for a, b in folds
@@ -149,13 +158,15 @@ def _make_folds(X, weight, fraction, seed):
     ]
 
 
-def _compare_starts(X, weight, folds, marginals, n_components, seed):
+def _compare_starts(X, given, weight, folds, marginals, n_components, seed):
     """Return what held-out rows choose: (marginals, n_components).
 
     Parameters
     ----------
     X, weight : ndarray
         Rows and their weights.
+    given : Given
+        What their density depends on.
     folds : list of (train, held_out)
         Indices of rows.
     marginals : bool or "auto"
@@ -174,13 +185,14 @@ def _compare_starts(X, weight, folds, marginals, n_components, seed):
     def evaluate(warp, k):
         parts = []
         for train, held_out in folds:
-            start = fit_start(X[train], weight[train], warp, k, seed)
-            parts.append(start.log_density(X[held_out]))
+            conditions = given.take(train), given.take(held_out)
+            start = fit_start(X[train], conditions[0], weight[train], warp, k, seed)
+            parts.append(start.log_density(X[held_out], conditions[1]))
         return np.concatenate(parts)
 
     warps = [False, True] if marginals == "auto" else [bool(marginals)]
-    most = min(len(train) for train, _ in folds) // (2 * (X.shape[1] + 1))
-    most = max(1, min(MOST_COMPONENTS, most))
+    dim = X.shape[1]
+    most = min(given.take(a).most_components(dim, MOST_COMPONENTS) for a, _ in folds)
     if n_components != "auto":
         few = [n_components]
     else:

@@ -80,9 +80,10 @@ class FlowTrainer:
 
         Parameters
         ----------
-        data : pair of (rows, weights, log_dets)
-            For training and held out: whitened rows (n, dim), their weights (n,) and
-            log-determinants (n,) of the map to them.
+        data : pair of (rows, conditions, weights, log_dets)
+            For training and held out: whitened rows (n, dim), what their density
+            depends on (n, condition_dim), their weights (n,) and log-determinants (n,)
+            of the map to them.
         refine : bool
             Whether a finish is trained before the residual.
         before : DensityFlow, optional
@@ -108,7 +109,7 @@ class FlowTrainer:
         """Minimise the reverse divergence to an unnormalised log-density."""
         times = TIMES.flip(0)
 
-        def loss(rows):
+        def loss(rows, _):
             # where the flow carries N(0, I), its log-density against the other; steps
             # of fixed length would reward a field for what they get wrong
             z = torch.randn(rows.shape, generator=self.generator).to(rows)
@@ -119,14 +120,15 @@ class FlowTrainer:
 
         rows = torch.zeros(TARGET_ROWS, flow.dim, device=flow.mixture.axes.device)
         weight = torch.ones_like(rows[:, 0])
-        data = ((rows, weight, None), (rows[:0], weight[:0], None))
+        data = tuple((x, x[:, :0], weight, None) for x in (rows, rows[:0]))
         self._run(flow, data, loss, LIKELIHOOD_DECAY)
 
     def _fit_finish(self, flow, data):
         """Train what is next to the data by its likelihood."""
 
-        def loss(rows):
-            losses = finish_loss(flow, rows, FINISH_STEPS, self.generator)
+        def loss(rows, condition):
+            given = flow.given(condition)
+            losses = finish_loss(given, rows, FINISH_STEPS, self.generator)
             return losses, torch.full_like(losses, 6 * FINISH_STEPS)
 
         return self._run(flow, data, loss, LIKELIHOOD_DECAY)
@@ -134,13 +136,15 @@ class FlowTrainer:
     def _fit_residual(self, flow, data):
         """Train what is added to the velocity of the mixture, by the objective."""
 
-        def matching(rows):
-            losses = flow_matching_loss(flow, rows, N_DRAWS, self.generator)
+        def matching(rows, condition):
+            arguments = rows, condition, N_DRAWS, self.generator
+            losses = flow_matching_loss(flow, *arguments)
             return losses, torch.full_like(losses, N_DRAWS)
 
-        def likelihood(rows):
-            solution = self._solve(flow, nn.functional.pad(rows, (0, 1)), TIMES)
-            losses = solution.y[:, -1, -1] - flow.log_mixture(rows)
+        def likelihood(rows, condition):
+            given = flow.given(condition)
+            solution = self._solve(given, nn.functional.pad(rows, (0, 1)), TIMES)
+            losses = solution.y[:, -1, -1] - given.log_mixture(rows)
             return losses, solution.stats["n_f_evals"]
 
         if self.objective == "likelihood":
@@ -159,13 +163,13 @@ class FlowTrainer:
 
         Returns whether that is better than it was, as far as held-out rows can tell.
         """
-        (rows, weight, _), held_out = data
+        (rows, conditions, weight, _), held_out = data
         # the loss is a sum over features whose size differs from data to data
         recipe = replace(self.recipe(len(rows)), gradient_bound=None, ends=True)
         average, validate, current = Average(flow, decay), None, History()
         if len(held_out[0]):
             few = tuple(x[:VALIDATION_ROWS] for x in held_out)
-            shares = few[1].cpu().numpy()
+            shares = few[2].cpu().numpy()
 
             def validate():
                 logs = _log_density(average.module, few)
@@ -173,7 +177,8 @@ class FlowTrainer:
 
             before = _log_density(flow, held_out, REFINEMENT)
         optimizer = make_optimizer(flow, recipe)
-        arguments = (flow, (rows,), weight, loss, optimizer, recipe, self.generator)
+        data = (rows, conditions)
+        arguments = (flow, data, weight, loss, optimizer, recipe, self.generator)
         try:
             train(*arguments, current, validate=validate, average=average)
         except KeyboardInterrupt:
@@ -186,28 +191,30 @@ class FlowTrainer:
         if validate is None:
             return True
         after = _log_density(flow, held_out, REFINEMENT)
-        return is_better(after, before, held_out[1].cpu().numpy())
+        return is_better(after, before, held_out[2].cpu().numpy())
 
 
 def _log_density(flow, data, refinement=1) -> np.ndarray:
     """Return the log-density of rows in the units of X."""
-    z, _, log_det = data
+    z, conditions, _, log_det = data
+    pairs = zip(z.split(CHUNK_ROWS), conditions.split(CHUNK_ROWS), strict=True)
     grids = (
         make_grid(refinement * VALIDATION_STEPS),
         make_finish_grid(refinement * FINISH_VALIDATION_STEPS),
     )
     with torch.no_grad():
-        parts = [flow.log_density_on(x, *grids) for x in z.split(CHUNK_ROWS)]
+        parts = [flow.given(c).log_density_on(x, *grids) for x, c in pairs]
     return (torch.cat(parts).cpu().double() + log_det).numpy()
 
 
-def _undo_finish(flow, data) -> tuple[Tensor, Tensor, Tensor]:
-    """Return rows, weights and log-determinants at t = 1."""
-    z, weight, log_det = data
+def _undo_finish(flow, data) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return rows, conditions, weights and log-determinants at t = 1."""
+    z, conditions, weight, log_det = data
     if not len(z):
         return data
+    pairs = zip(z.split(CHUNK_ROWS), conditions.split(CHUNK_ROWS), strict=True)
     grid = make_finish_grid(FINISH_VALIDATION_STEPS)
     with torch.no_grad():
-        parts = [flow.undo_finish(x, grid) for x in z.split(CHUNK_ROWS)]
+        parts = [flow.given(c).undo_finish(x, grid) for x, c in pairs]
     rows, changes = (torch.cat(x) for x in zip(*parts, strict=True))
-    return rows, weight, log_det - changes.cpu().double()
+    return rows, conditions, weight, log_det - changes.cpu().double()

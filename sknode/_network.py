@@ -42,6 +42,7 @@ class SolverSettings:
     max_steps: int
     gradient: str
     step_size: float | None
+    row_wise: bool = True  # not where the field holds a tensor with an entry per row
 
     def solve(self, field, y0: Tensor, t: Tensor) -> Solution:
         """Solve without warning about failed samples: the caller looks at them."""
@@ -55,7 +56,7 @@ class SolverSettings:
             max_steps=self.max_steps,
             gradient=self.gradient,
             step_size=self.step_size,
-            row_wise=True,
+            row_wise=self.row_wise,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import partial
 from numbers import Integral
 from typing import ClassVar
@@ -22,7 +23,6 @@ from sklearn.utils.validation import (
     check_array,
     check_is_fitted,
 )
-from torch import nn
 
 from sknode._base import (
     SHARED_CONSTRAINTS,
@@ -31,7 +31,10 @@ from sknode._base import (
     warn_of_failures,
 )
 from sknode._density_flow import DYNAMICS, DensityFlow
-from sknode._density_rows import hold_out, merge_rows, warn_of_ties
+from sknode._density_posterior import ClassPosteriorMixin
+from sknode._density_prepare import Maps, prepare_rows
+from sknode._density_rows import hold_out
+from sknode._density_solve import carry, follow, log_density
 from sknode._density_start import Start, choose_start
 from sknode._density_training import FlowTrainer
 from sknode._mixture import GaussianMixtureModel
@@ -46,9 +49,6 @@ CHUNK_ROWS, CHUNK_VALUES = 4096, 2**22
 LEAST_ROWS = 200
 # Updates an epoch that are aimed at.
 N_UPDATES = 32
-# From the data back to where densities are known.
-FINISH_TIMES = torch.tensor([2.0, 1.0], dtype=torch.float64)
-TIMES = torch.tensor([1.0, 0.0], dtype=torch.float64)
 # In single precision there is no use in asking for more.
 SINGLE_TOLERANCE = 1e-5
 # Solves inside of training need not be more accurate than this.
@@ -56,7 +56,11 @@ TRAINING_TOLERANCE = 1e-3
 
 
 class CNFDensity(
-    ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseODEEstimator
+    ClassPosteriorMixin,
+    ClassNamePrefixFeaturesOutMixin,
+    TransformerMixin,
+    DensityMixin,
+    BaseODEEstimator,
 ):
     r"""Density estimation by a continuous normalizing flow.
 
@@ -83,11 +87,29 @@ class CNFDensity(
     n_components : int or "auto", default="auto"
         Components of the mixture that the flow starts from, with full covariances.
         "auto" tries 1, 2, 4, ... up to 64 on held-out rows; 1 is the Gaussian of
-        maximum likelihood.
+        maximum likelihood. Of classes it is the number each, fewer for one of few rows.
     marginals : bool or "auto", default="auto"
         Whether every column is first mapped to a normal distribution by itself, which
         helps where columns are skewed or have heavy tails. "auto" tries both on
         held-out rows.
+    bounds : dict or array-like of shape (n_features, 2), default=None
+        Limits of columns: a dict from names or positions of columns to pairs
+        ``(low, high)``, or a pair for every column; None or infinite where there is no
+        limit. Between its limits a column is mapped to the whole line before all else.
+        The density is zero beyond them, and no sample is there.
+    dequantize : bool, dict or array-like, default=False
+        Columns of rounded or otherwise discrete values. In ``fit`` they get uniform
+        noise, as wide as their resolution and centred at the values; `sample` rounds to
+        the values. Names, positions or a mask of columns, or a dict from columns to
+        widths; without them the resolution is the smallest gap between values. True
+        takes the columns in which a value occurs again and again, which are warned of
+        otherwise.
+    conditional : bool or {"classes", "values"}, default=False
+        Whether the density is that of X given y: one column of classes, or one or
+        several of values. True lets `sklearn.utils.multiclass.type_of_target` tell,
+        for which whole numbers are classes. Methods then need y as well, and with
+        classes there are `predict`, `predict_proba` and `predict_log_proba`. Otherwise
+        y is ignored.
     refine : bool, default=True
         Whether a second network is trained by maximum likelihood before the first one:
         it continues the flow from the mixture, whose density needs no solve, to the
@@ -149,9 +171,15 @@ class CNFDensity(
     feature_names_in_ : ndarray of shape (n_features_in_,)
         Names of the features, if X had string column names.
     n_components_ : int
-        Components of the mixture that the flow starts from.
+        Components of the mixture that the flow starts from; those of all classes.
     marginals_ : bool
         Whether columns are mapped to normal distributions first.
+    classes_ : ndarray of shape (n_classes,)
+        Labels, if the density is conditional on classes.
+    class_prior_ : ndarray of shape (n_classes,)
+        Shares of the classes, if there are any.
+    widths_ : ndarray of shape (n_features_in_,)
+        Widths of the columns that are dequantized, 0 for others.
     n_iter_ : int
         Number of epochs; where no network was trained, iterations of the mixture.
     loss_ : float or None
@@ -180,13 +208,23 @@ class CNFDensity(
     -----
     Equal rows are merged and their weights added, and all draws depend on the merged
     rows in sorted order: a weight of 2 equals a row twice, and the order of rows does
-    not matter. Weights are relative.
+    not matter. Weights are relative. With ``conditional=True`` rows are equal if y is
+    equal, too.
 
     With fewer than 200 different rows no network is trained; with fewer than twice as
     many as columns the result is a Gaussian with correlations shrunk towards zero.
 
     Discrete columns have no density, and a flexible model can raise its likelihood
-    without bound on them. Add uniform noise as wide as their resolution before fitting.
+    without bound on them: see ``dequantize``. With it, the probability of a value is
+    about its density times the width, and limits are half a width further out. The
+    noise depends on the different rows only. Where all columns are dequantized, as many
+    draws of it are made for a row as it was repeated, and whole weights count as
+    repetitions; weights that are not all whole numbers do not.
+
+    With ``conditional=True`` whitening is the same for all y and the mixture depends on
+    it in closed form: classes have components of their own, single ones shrunk towards
+    the covariance within all classes; with values a mixture of X and y together is
+    conditioned on y. Networks have y as an input.
 
     References
     ----------
@@ -205,6 +243,17 @@ class CNFDensity(
     True
     >>> density.sample(3, random_state=0).shape
     (3, 2)
+
+    Densities of classes, and what Bayes' rule makes of them:
+
+    >>> from sklearn.datasets import load_iris
+    >>> X, y = load_iris(return_X_y=True)
+    >>> widths = dict.fromkeys(range(4), 0.1)  # of rounded values
+    >>> given = CNFDensity(conditional=True, dequantize=widths, random_state=0)
+    >>> given.fit(X, y).predict_proba(X[:1]).round(2)
+    array([[1., 0., 0.]])
+    >>> given.sample(2, random_state=0, y=1).shape
+    (2, 4)
     """
 
     _parameter_constraints: ClassVar[dict] = {
@@ -216,6 +265,9 @@ class CNFDensity(
             Interval(Integral, 1, None, closed="left"),
         ],
         "marginals": ["boolean", StrOptions({"auto"})],
+        "bounds": [None, dict, "array-like"],
+        "dequantize": ["boolean", dict, "array-like"],
+        "conditional": ["boolean", StrOptions({"classes", "values"})],
         "refine": ["boolean"],
     }
 
@@ -228,6 +280,9 @@ class CNFDensity(
         objective="flow_matching",
         n_components="auto",
         marginals="auto",
+        bounds=None,
+        dequantize=False,
+        conditional=False,
         refine=True,
         solver="dopri5",
         rtol=1e-7,
@@ -256,6 +311,9 @@ class CNFDensity(
         self.objective = objective
         self.n_components = n_components
         self.marginals = marginals
+        self.bounds = bounds
+        self.dequantize = dequantize
+        self.conditional = conditional
         self.refine = refine
         self.solver = solver
         self.rtol = rtol
@@ -288,8 +346,9 @@ class CNFDensity(
         ----------
         X : array-like of shape (n_samples, n_features)
             Training data.
-        y : None
-            Ignored, so that the estimator can be part of a pipeline.
+        y : array-like of shape (n_samples,) or (n_samples, n_values), optional
+            If ``conditional``, one column of classes, or one or several of values.
+            Ignored otherwise, so that the estimator can be part of a pipeline.
         sample_weight : array-like of shape (n_samples,), optional
             Sample weights; only their ratios matter.
 
@@ -298,39 +357,56 @@ class CNFDensity(
         self : object
             The fitted estimator.
         """
-        going_on = self.warm_start and hasattr(self, "module_")
+        going_on = self._goes_on()
         X = self._validate(X, reset=not going_on)
         device = self._device()
         dtype, seed = self._dtype(X, device), self._seed()
         self._hidden_layer_sizes()
-        X, weight = self._merge(X.astype(np.float64, copy=False), sample_weight)
+        weight = _check_sample_weight(
+            sample_weight, X, dtype=np.float64, ensure_non_negative=True
+        )
+        X, given, weight, maps = prepare_rows(
+            X,
+            y,
+            weight,
+            self._names(),
+            seed,
+            parameters=self.get_params(deep=False),
+            maps=self._maps if going_on else None,
+        )
         judged = self.early_stopping and len(X) >= LEAST_ROWS
         fraction = self.validation_fraction if judged else 0
-        rows = hold_out(len(X), fraction, seed)
+        rows = hold_out(len(X), fraction, seed, given.strata())
+        U, slope = maps.bounds.forward(X)
         if going_on:
             start = self._start
         else:
             choices = self.marginals, self.n_components, self.validation_fraction
-            start = choose_start(X, weight, rows[0], *choices, seed)
+            start = choose_start(U, given, weight, rows[0], *choices, seed)
         history = History()
         context = self._init_callback_context(max_subtasks=self.max_iter)
         context.call_on_fit_task_begin(estimator=self, X=X, y=None)
         finish = residual = None
         if judged or not self.early_stopping:
-            trainer = self._trainer(start.mixture, device, seed, history)
-            Z, log_det = start.forward(X)
-            data = [_to_tensors(device, Z[r], weight[r], log_det[r]) for r in rows]
+            trainer = self._trainer(
+                start.mixture, maps.condition, device, seed, history
+            )
+            Z, log_det = start.forward(U)
+            log_det += slope
+            arrays = Z, given.rows, weight, log_det
+            data = [_to_tensors(device, *(x[r] for x in arrays)) for r in rows]
             before = self.module_ if going_on else None
             finish, residual = trainer.fit(data, self.refine, before)
         if residual is None and finish is None and judged and not going_on:
             # the rows that were held out have done their work
-            start = start.refit(X, weight, seed)
+            start = start.refit(U, given, weight, seed)
         has = residual is not None, finish is not None
-        module = self._make_flow(start.mixture, *has, dtype, device, seed)
+        what = start.mixture, maps.condition, *has
+        module = self._make_flow(*what, dtype, device, seed)
         for mine, trained in ((module.finish, finish), (module.residual, residual)):
             if trained is not None:
                 mine.load_state_dict(trained.state_dict())
-        self._keep(module, start, history)
+        self._keep(module, maps, start, history)
         context.call_on_fit_task_end(
             estimator=self, X=X, y=None, reconstruction_attributes={}
         )
@@ -342,30 +418,33 @@ class CNFDensity(
             return torch.float64
         return super()._dtype(X, device)
 
-    def _merge(self, X, sample_weight):
-        """Return different rows in sorted order, and their weights."""
-        weight = _check_sample_weight(
-            sample_weight, X, dtype=np.float64, ensure_non_negative=True
-        )
-        kept = weight > 0
-        X, weight = X[kept], weight[kept]
-        warn_of_ties(X, self._name_columns)
-        return merge_rows(X, weight, self._name_columns)
+    def _goes_on(self):
+        """Return whether fit goes on from the last one."""
+        if not (self.warm_start and hasattr(self, "module_")):
+            return False
+        if bool(self.conditional) != bool(self._maps.condition.dim):
+            raise ValueError(
+                "warm_start=True cannot go on from a fit with another value of "
+                "conditional. Use a new estimator."
+            )
+        return True
 
-    def _name_columns(self, mask):
-        names = getattr(self, "feature_names_in_", np.arange(self.n_features_in_))
-        return ", ".join(str(name) for name in names[mask])
+    def _names(self):
+        """Return the names of the columns, or their positions."""
+        return getattr(self, "feature_names_in_", np.arange(self.n_features_in_))
 
-    def _make_flow(self, mixture, residual, finish, dtype, device, seed):
+    def _make_flow(self, mixture, condition, residual, finish, dtype, device, seed):
         """Return a flow that starts as the mixture."""
         self._module_config = {
-            "dim": mixture.means.shape[1],
+            "dim": self.n_features_in_,
             "n_components": len(mixture.weights),
             "residual": residual,
             "finish": finish,
             "dynamics": self.dynamics,
             "hidden_layer_sizes": self._hidden_layer_sizes(),
             "activation": self.activation,
+            "condition": condition.kind,
+            "condition_dim": condition.dim,
         }
         module = self._new_module(self._module_config, dtype, device, seed)
         module.set_mixture(mixture)
@@ -374,25 +453,37 @@ class CNFDensity(
     def _make_module(self, **config):
         return DensityFlow(**config)
 
-    def _trainer(self, mixture, device, seed, history):
+    def _trainer(self, mixture, condition, device, seed, history):
         """Return what trains the networks."""
 
         def make(residual, finish):
-            args = (mixture, residual, finish, torch.float32, device, seed)
-            return self._make_flow(*args)
+            flags = residual, finish
+            return self._make_flow(
+                mixture, condition, *flags, torch.float32, device, seed
+            )
 
         return FlowTrainer(
             make=make,
             recipe=partial(self._recipe, max_iter=self.max_iter, n_updates=N_UPDATES),
-            settings=self._solver_settings(torch.float32, TRAINING_TOLERANCE),
+            settings=replace(
+                self._solver_settings(torch.float32, TRAINING_TOLERANCE),
+                row_wise=not condition.dim,
+            ),
             objective=self.objective,
             generator=torch.Generator().manual_seed(seed),
             history=history,
         )
 
-    def _keep(self, module, start, history):
+    def _keep(self, module, maps, start, history):
         """Set the fitted attributes."""
-        self.module_, self._start = module.eval(), start
+        self.module_, self._maps, self._start = module.eval(), maps, start
+        self.widths_ = maps.grid.width
+        if maps.condition.kind == "classes":
+            self.classes_ = maps.condition.classes
+            self.class_prior_ = maps.condition.priors
+        else:  # there may be those of an earlier fit
+            vars(self).pop("classes_", None)
+            vars(self).pop("class_prior_", None)
         self.n_components_ = len(start.mixture.weights)
         self.marginals_ = start.marginals is not None
         self.loss_curve_, self.nfe_curve_ = history.loss, history.nfe
@@ -432,7 +523,13 @@ class CNFDensity(
             raise ValueError(
                 f"n_features must be a positive integer. Got {n_features!r}."
             )
+        if self.bounds is not None or self.dequantize is not False or self.conditional:
+            raise ValueError(
+                "fit_target does not support bounds, dequantize or conditional: let "
+                "log_density be that of unlimited, continuous variables."
+            )
         self.n_features_in_ = int(n_features)
+        maps = Maps.none(n_features)
         if hasattr(self, "feature_names_in_"):
             del self.feature_names_in_
         device, seed = self._device(), self._seed()
@@ -441,34 +538,62 @@ class CNFDensity(
         zero, one = np.zeros(n_features), np.ones(n_features)
         start = Start(None, Whitening(zero, one, np.eye(n_features)), mixture)
         history = History()
-        trainer = self._trainer(mixture, device, seed, history)
+        trainer = self._trainer(mixture, maps.condition, device, seed, history)
         flow = trainer.make(True, False)
         trainer.fit_target(flow, log_density)
-        module = self._make_flow(mixture, True, False, dtype, device, seed)
+        module = self._make_flow(
+            mixture, maps.condition, True, False, dtype, device, seed
+        )
         module.residual.load_state_dict(flow.residual.state_dict())
-        self._keep(module, start, history)
+        self._keep(module, maps, start, history)
         return self
 
     # --- using the density ------------------------------------------------------------
 
-    def score_samples(self, X):
+    def score_samples(self, X, y=None):
         """Return the log-density of rows.
 
         Parameters
         ----------
         X : array-like of shape (n_samples, n_features)
             Data.
+        y : array-like of shape (n_samples,) or (n_samples, n_values), optional
+            If ``conditional``, what the densities are given. Ignored otherwise.
 
         Returns
         -------
         ndarray of shape (n_samples,)
-            Logarithms of the density per unit of volume in the units of X.
+            Logarithms of the density per unit of volume in the units of X: -inf on
+            and beyond ``bounds``.
         """
         check_is_fitted(self)
         X = self._validate(X)
-        Z, log_det = self._start.forward(X.astype(np.float64, copy=False))
-        logs = self._by_blocks(Z, self._log_density_of_block)
-        return (logs + log_det).astype(X.dtype)
+        return self._log_density(X, self._maps.condition.encode(y, len(X)))
+
+    def _log_density(self, X, C):
+        """Return the log-density of checked rows, given encoded targets."""
+        logs = np.full(len(X), -np.inf, dtype=X.dtype)
+        inside = self._maps.bounds.is_inside(X)
+        if inside.any():
+            Z, log_det = self._whiten(X[inside])
+            logs[inside] = log_det + self._by_blocks(Z, C[inside], log_density)
+        return logs
+
+    def _log_densities(self, X):
+        """Return the log-densities (n, n_classes) of rows, given the classes."""
+        X = self._validate(X)
+        self._maps.bounds.check(X, self._names())
+        indicators = np.eye(len(self.classes_))
+        return np.stack(
+            [self._log_density(X, np.tile(row, (len(X), 1))) for row in indicators],
+            axis=1,
+        )
+
+    def _whiten(self, X):
+        """Return whitened rows and the log-determinants of the map to them."""
+        U, slope = self._maps.bounds.forward(X.astype(np.float64, copy=False))
+        Z, log_det = self._start.forward(U)
+        return Z, log_det + slope
 
     def score(self, X, y=None, sample_weight=None):
         """Return the mean log-density of rows.
@@ -477,8 +602,8 @@ class CNFDensity(
         ----------
         X : array-like of shape (n_samples, n_features)
             Data.
-        y : None
-            Ignored.
+        y : array-like of shape (n_samples,) or (n_samples, n_values), optional
+            If ``conditional``, what the densities are given. Ignored otherwise.
         sample_weight : array-like of shape (n_samples,), optional
             Weights of the mean.
 
@@ -487,13 +612,13 @@ class CNFDensity(
         float
             Mean log-density; larger is better.
         """
-        logs = self.score_samples(X)
+        logs = self.score_samples(X, y)
         weight = None
         if sample_weight is not None:
             weight = _check_sample_weight(sample_weight, logs)
         return float(np.average(logs, weights=weight))
 
-    def sample(self, n_samples=1, random_state=None):
+    def sample(self, n_samples=1, random_state=None, *, y=None):
         """Draw rows from the density.
 
         Parameters
@@ -502,6 +627,9 @@ class CNFDensity(
             Number of rows.
         random_state : int, RandomState instance or None, default=None
             Draws them.
+        y : label, value or array-like, optional
+            If ``conditional``, what to draw rows for: one class, or one value or
+            row of values, for all samples, or one for each of them.
 
         Returns
         -------
@@ -513,35 +641,70 @@ class CNFDensity(
             raise ValueError(
                 f"n_samples must be a positive integer. Got {n_samples!r} instead."
             )
+        condition, n = self._maps.condition, int(n_samples)
+        C = condition.encode(condition.repeat(y, n), n)
         rng = check_random_state(random_state)
-        return self._inverse(rng.normal(size=(int(n_samples), self.n_features_in_)))
+        X = self._inverse(rng.normal(size=(n, self.n_features_in_)), C)
+        return self._maps.grid.round(X, self._maps.bounds.low, self._maps.bounds.high)
 
-    def transform(self, X):
+    def fit_transform(self, X, y=None, **fit_params):
+        """Fit to rows, and carry them to the standard normal distribution.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+            Data.
+        y : array-like of shape (n_samples,) or (n_samples, n_values), optional
+            As in `fit`.
+        **fit_params : dict
+            Further arguments of `fit`.
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_features)
+            What `transform` returns.
+        """
+        if not self.conditional:
+            return super().fit_transform(X, y, **fit_params)
+        return self.fit(X, y, **fit_params).transform(X, y)
+
+    def transform(self, X, y=None):
         """Carry rows to the standard normal distribution.
 
         Parameters
         ----------
         X : array-like of shape (n_samples, n_features)
             Data.
+        y : array-like of shape (n_samples,) or (n_samples, n_values), optional
+            If ``conditional``, what the densities are given. Ignored otherwise.
 
         Returns
         -------
         ndarray of shape (n_samples, n_features)
             What they are at ``t = 0``.
+
+        Raises
+        ------
+        ValueError
+            If values are on or beyond ``bounds``.
         """
         check_is_fitted(self)
         X = self._validate(X)
-        Z, _ = self._start.forward(X.astype(np.float64, copy=False))
-        Z = self._by_blocks(Z, partial(self._carry, forwards=False))
+        C = self._maps.condition.encode(y, len(X))
+        self._maps.bounds.check(X, self._names())
+        Z, _ = self._whiten(X)
+        Z = self._by_blocks(Z, C, partial(carry, forwards=False))
         return Z.astype(X.dtype, copy=False)
 
-    def inverse_transform(self, Z):
+    def inverse_transform(self, Z, y=None):
         """Carry rows back from the standard normal distribution.
 
         Parameters
         ----------
         Z : array-like of shape (n_samples, n_features)
             Rows as `transform` returns them.
+        y : array-like of shape (n_samples,) or (n_samples, n_values), optional
+            If ``conditional``, what the densities are given. Ignored otherwise.
 
         Returns
         -------
@@ -555,14 +718,15 @@ class CNFDensity(
                 f"Z has {Z.shape[1]} features, but {type(self).__name__} was fitted "
                 f"with {self.n_features_in_}."
             )
-        return self._inverse(Z)
+        return self._inverse(Z, self._maps.condition.encode(y, len(Z)))
 
-    def _inverse(self, Z):
-        carried = self._by_blocks(Z, partial(self._carry, forwards=True))
+    def _inverse(self, Z, C):
+        carried = self._by_blocks(Z, C, partial(carry, forwards=True))
         rows = self._start.inverse(carried.astype(np.float64, copy=False))
-        return rows.astype(Z.dtype, copy=False)
+        rows = self._maps.bounds.inverse(rows).astype(Z.dtype, copy=False)
+        return self._maps.bounds.keep_inside(rows)
 
-    def trajectory(self, X, n_times=50):
+    def trajectory(self, X, n_times=50, *, y=None):
         """Follow rows from the normal distribution to the data.
 
         Parameters
@@ -571,6 +735,8 @@ class CNFDensity(
             Data.
         n_times : int, default=50
             Number of times along the flow, equally spaced, both ends included.
+        y : array-like of shape (n_samples,) or (n_samples, n_values), optional
+            If ``conditional``, what the densities are given. Ignored otherwise.
 
         Returns
         -------
@@ -583,67 +749,34 @@ class CNFDensity(
             raise ValueError(f"n_times must be an integer >= 2. Got {n_times!r}.")
         check_is_fitted(self)
         X = self._validate(X)
-        Z, _ = self._start.forward(X.astype(np.float64, copy=False))
-        paths = self._by_blocks(Z, partial(self._follow, n_times=int(n_times)))
+        C = self._maps.condition.encode(y, len(X))
+        self._maps.bounds.check(X, self._names())
+        Z, _ = self._whiten(X)
+        paths = self._by_blocks(Z, C, partial(follow, n_times=int(n_times)))
         rows = self._start.inverse(paths.reshape(-1, Z.shape[1]).astype(np.float64))
+        rows = self._maps.bounds.inverse(rows)
         return rows.reshape(paths.shape).astype(X.dtype, copy=False)
 
-    def _follow(self, module, z, settings, n_times):
-        """Return where rows were at times from first to last, and the solutions."""
-        legs = [(module.velocity, 0.0, 1.0)]
-        if module.finish is not None:
-            legs.append((module.finish.field, 1.0, 2.0))
-        times = legs[-1][2] * torch.arange(n_times - 1, -1, -1, dtype=torch.float64)
-        times = times / (n_times - 1)
-        states, solutions = [z[:, None]], []
-        for field, start, end in legs[::-1]:
-            inside = times[(start <= times) & (times < end)]
-            between = inside[inside > start].tolist()
-            solution = settings.solve(field, z, torch.tensor([end, *between, start]))
-            z = solution.y[:, -1]
-            states.append(solution.y[:, 1 : 1 + len(inside)])
-            solutions.append(solution)
-        return torch.cat(states, 1).flip(1), solutions
+    def _by_blocks(self, Z, C, compute):
+        """Return results for whitened rows, given encoded targets.
 
-    def _carry(self, module, z, settings, forwards):
-        """Return where rows get to, and the solutions on the way."""
-        legs = [(module.velocity, 0.0, 1.0)]
-        if module.finish is not None:
-            legs.append((module.finish.field, 1.0, 2.0))
-        solutions = []
-        for field, start, end in legs if forwards else legs[::-1]:
-            times = [start, end] if forwards else [end, start]
-            solutions.append(settings.solve(field, z, torch.tensor(times)))
-            z = solutions[-1].y[:, -1]
-        return z, solutions
-
-    def _log_density_of_block(self, module, z, settings):
-        """Return log-densities of whitened rows, and the solutions on the way."""
-        change, solutions = 0.0, []
-        if module.finish is not None:
-            state = nn.functional.pad(z, (0, 1))
-            solutions.append(settings.solve(module.finish, state, FINISH_TIMES))
-            z, change = solutions[-1].y[:, -1].split([module.dim, 1], 1)
-            change = change[:, 0]
-        mixture = module.log_mixture(z)
-        if module.residual is not None:
-            state = nn.functional.pad(z, (0, 1))
-            solutions.append(settings.solve(module, state, TIMES))
-            change = change + solutions[-1].y[:, -1, -1]
-        return mixture - change, solutions
-
-    def _by_blocks(self, Z, compute):
-        """Return results for rows, in blocks of a size that bounds the memory."""
+        They are computed in blocks of a size that bounds the memory.
+        """
         module = self._module_for_prediction()
         like = module.mixture.axes
         single = like.dtype == torch.float32
-        settings = self._solver_settings(like.dtype, SINGLE_TOLERANCE if single else 0)
+        settings = replace(
+            self._solver_settings(like.dtype, SINGLE_TOLERANCE if single else 0),
+            row_wise=not module.condition_dim,
+        )
         rows_each = min(CHUNK_ROWS, CHUNK_VALUES // module.mixture.variances.numel())
         results, failures = [], []
         with torch.no_grad():
-            for n, rows in padded_blocks(Z, rows_each):
+            for n, rows in padded_blocks(np.hstack([Z, C]), rows_each):
                 block = torch.from_numpy(rows).to(like.device, like.dtype)
-                result, solutions = compute(module, block, settings)
+                z, condition = block.split([module.dim, module.condition_dim], 1)
+                flow = module.given(condition)
+                result, solutions = compute(flow, z.contiguous(), settings)
                 failures += [
                     s.failure_report() for s in solutions if s.status[:n].any()
                 ]
@@ -664,10 +797,11 @@ class CNFDensity(
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+        tags.target_tags.required = bool(self.conditional)
         return tags
 
 
-def _to_tensors(device, Z, weight, log_det):
-    """Return whitened rows and their weights in single precision, and log_det."""
-    single = (torch.from_numpy(x).to(device, torch.float32) for x in (Z, weight))
+def _to_tensors(device, Z, C, weight, log_det):
+    """Return rows, conditions and weights in single precision, and log_det."""
+    single = (torch.from_numpy(x).to(device, torch.float32) for x in (Z, C, weight))
     return (*single, torch.from_numpy(log_det))

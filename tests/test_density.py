@@ -77,7 +77,7 @@ def test_log_density_is_the_jacobian_of_the_transform(fitted, moons):
     np.testing.assert_allclose(fitted.score_samples(x), base + log_det, atol=1e-5)
 
 
-@pytest.mark.parametrize("n", [10, 200])
+@pytest.mark.parametrize("n", [10, 199])  # too few for a network
 def test_a_single_gaussian_is_that_of_maximum_likelihood(n):
     rng = np.random.default_rng(0)
     X = rng.normal(size=(n, 2)) @ [[2.0, 1.0], [0.0, 0.5]] + [100.0, -3.0]
@@ -85,9 +85,7 @@ def test_a_single_gaussian_is_that_of_maximum_likelihood(n):
     density.fit(X)
     covariance = np.cov(X.T, bias=True)
     expected = stats.multivariate_normal(X.mean(0), covariance).logpdf(X)
-    if density.module_.residual is None and density.module_.finish is None:
-        np.testing.assert_allclose(density.score_samples(X), expected, rtol=1e-9)
-    assert density.score(X) >= expected.mean() - 1e-9
+    np.testing.assert_allclose(density.score_samples(X), expected, rtol=1e-9)
     assert density.n_components_ == 1
 
 
@@ -385,7 +383,7 @@ def test_collinear_columns_are_named_and_get_a_little_noise():
 def test_discrete_columns_are_named():
     X = np.random.default_rng(0).normal(size=(100, 3))
     X[:, 0] = X[:, 0].round()
-    with pytest.warns(UserWarning, match=r"again and again: width\. .* uniform noise"):
+    with pytest.warns(UserWarning, match=r"again and again: width\. .* dequantize"):
         CNFDensity(random_state=0).fit(frame_of(X))
 
 

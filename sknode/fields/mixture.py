@@ -87,7 +87,26 @@ class MixtureField(nn.Module):
 
     def extra_repr(self) -> str:
         """Describe the field in its repr."""
-        return f"dim={self.dim}, n_components={len(self.log_weights)}"
+        return f"dim={self.dim}, n_components={len(self.variances)}"
+
+    def replace(self, log_weights: Tensor, centres: Tensor) -> MixtureField:
+        """Return the flow to the mixture with other weights and means.
+
+        Parameters
+        ----------
+        log_weights : Tensor of shape (n_components,) or (n, n_components)
+            Logarithms of shares that add up to one, the same for all rows or not.
+        centres : Tensor of shape (n_components, dim) or (n, n_components, dim)
+            Means in the axes of the components.
+        """
+        field = MixtureField.__new__(MixtureField)
+        nn.Module.__init__(field)
+        field.dim = self.dim
+        field.register_buffer("log_weights", log_weights)
+        field.register_buffer("centres", centres)
+        field.register_buffer("variances", self.variances)
+        field.register_buffer("axes", self.axes)
+        return field
 
     def _components(self, t: Tensor, y: Tensor):
         """Return what all results are made of, in the axes of the components.
@@ -107,7 +126,7 @@ class MixtureField(nn.Module):
 
     def _shares(self, u: Tensor, c: Tensor) -> Tensor | float:
         """Return the probabilities (n, k, 1) of the components at these points."""
-        if len(self.log_weights) == 1:
+        if len(self.variances) == 1:
             return 1.0  # for which no density is needed: half of the work
         return self._logs(u, c).softmax(-1)[..., None]
 

@@ -29,6 +29,8 @@ class PlanarField(nn.Module):
         Number of frequencies of time in the gates.
     zero_init : bool, default=False
         Whether the slopes start as zero.
+    condition_dim : int, default=0
+        Size of a condition, a vector a row on which gates and biases depend too.
 
     Notes
     -----
@@ -55,6 +57,7 @@ class PlanarField(nn.Module):
         n_units: int = 64,
         n_frequencies: int = 3,
         zero_init: bool = False,
+        condition_dim: int = 0,
     ):
         super().__init__()
         for size in (dim, n_units):
@@ -63,14 +66,19 @@ class PlanarField(nn.Module):
                     "dim and n_units must be positive integers. "
                     f"Got {dim!r} and {n_units!r} instead."
                 )
-        if not isinstance(n_frequencies, Integral) or n_frequencies < 0:
-            raise ValueError(
-                f"n_frequencies must be an integer >= 0. Got {n_frequencies!r}."
-            )
+        for name, size in (
+            ("n_frequencies", n_frequencies),
+            ("condition_dim", condition_dim),
+        ):
+            if not isinstance(size, Integral) or size < 0:
+                raise ValueError(f"{name} must be an integer >= 0. Got {size!r}.")
         self.dim, self.n_units, self.n_frequencies = dim, n_units, n_frequencies
+        self.condition_dim = condition_dim
         self.inner = nn.Linear(dim, n_units)
         self.outer = nn.Linear(n_units, dim, bias=False)
-        self.gate = nn.Linear(1 + 2 * n_frequencies, n_units)
+        self.gate = nn.Linear(1 + 2 * n_frequencies + condition_dim, n_units)
+        if condition_dim:
+            self.shift = nn.Linear(condition_dim, n_units, bias=False)
         with torch.no_grad():
             bound = math.sqrt(3.0 / dim)
             self.inner.weight.uniform_(-bound, bound)
@@ -78,11 +86,22 @@ class PlanarField(nn.Module):
             if zero_init:
                 self.outer.weight.zero_()
 
-    def _gates(self, t: Tensor, y: Tensor) -> Tensor:
-        t = torch.as_tensor(t).to(y)
-        return torch.sigmoid(self.gate(time_features(t, self.n_frequencies)))
+    def _hidden(self, t: Tensor, y: Tensor, condition: Tensor | None):
+        """Return the gates and the units."""
+        if (condition is not None) != bool(self.condition_dim):
+            raise ValueError(
+                f"condition must have shape (n, {self.condition_dim})."
+                if self.condition_dim
+                else "condition must be None for a field with condition_dim=0."
+            )
+        features = time_features(torch.as_tensor(t).to(y), self.n_frequencies)
+        units = self.inner(y)
+        if condition is not None:
+            units = units + self.shift(condition)
+            features = torch.cat([features.expand(len(y), -1), condition], -1)
+        return torch.sigmoid(self.gate(features)), torch.tanh(units)
 
-    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+    def forward(self, t: Tensor, y: Tensor, condition: Tensor | None = None) -> Tensor:
         """Evaluate the field.
 
         Parameters
@@ -91,20 +110,25 @@ class PlanarField(nn.Module):
             Times: a scalar or of shape (n, 1).
         y : Tensor of shape (n, dim)
             States.
+        condition : Tensor of shape (n, condition_dim), optional
+            What the field depends on beside time and state.
 
         Returns
         -------
         Tensor of shape (n, dim)
             Slopes.
         """
-        return self.outer(torch.tanh(self.inner(y)) * self._gates(t, y))
+        gates, h = self._hidden(t, y, condition)
+        return self.outer(h * gates)
 
-    def with_divergence(self, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def with_divergence(
+        self, t: Tensor, y: Tensor, condition: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Evaluate the field and its divergence.
 
         Parameters
         ----------
-        t, y : Tensor
+        t, y, condition : Tensor
             As in ``forward``.
 
         Returns
@@ -114,6 +138,6 @@ class PlanarField(nn.Module):
         divergence : Tensor of shape (n,)
             Traces of their Jacobians, exact.
         """
-        gates, h = self._gates(t, y), torch.tanh(self.inner(y))
+        gates, h = self._hidden(t, y, condition)
         products = (self.inner.weight * self.outer.weight.T).sum(1)
         return self.outer(h * gates), ((1 - h.square()) * gates) @ products

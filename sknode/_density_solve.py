@@ -1,0 +1,63 @@
+"""Solves of the flow of `CNFDensity`: to the base and back, and log-densities."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+__all__ = ["carry", "follow", "log_density"]
+
+# From the data back to where densities are known.
+FINISH_TIMES = torch.tensor([2.0, 1.0], dtype=torch.float64)
+TIMES = torch.tensor([1.0, 0.0], dtype=torch.float64)
+
+
+def legs_of(module):
+    """Return the parts of the flow: fields, and the times that they begin and end."""
+    legs = [(module.velocity, 0.0, 1.0)]
+    if module.finish is not None:
+        legs.append((module.finish.field, 1.0, 2.0))
+    return legs
+
+
+def follow(module, z, settings, n_times):
+    """Return where rows were at times from first to last, and the solutions."""
+    legs = legs_of(module)
+    times = legs[-1][2] * torch.arange(n_times - 1, -1, -1, dtype=torch.float64)
+    times = times / (n_times - 1)
+    states, solutions = [z[:, None]], []
+    for field, start, end in legs[::-1]:
+        inside = times[(start <= times) & (times < end)]
+        between = inside[inside > start].tolist()
+        solution = settings.solve(field, z, torch.tensor([end, *between, start]))
+        z = solution.y[:, -1]
+        states.append(solution.y[:, 1 : 1 + len(inside)])
+        solutions.append(solution)
+    return torch.cat(states, 1).flip(1), solutions
+
+
+def carry(module, z, settings, forwards):
+    """Return where rows get to, and the solutions on the way."""
+    legs = legs_of(module)
+    solutions = []
+    for field, start, end in legs if forwards else legs[::-1]:
+        times = [start, end] if forwards else [end, start]
+        solutions.append(settings.solve(field, z, torch.tensor(times)))
+        z = solutions[-1].y[:, -1]
+    return z, solutions
+
+
+def log_density(module, z, settings):
+    """Return log-densities of whitened rows, and the solutions on the way."""
+    change, solutions = 0.0, []
+    if module.finish is not None:
+        state = nn.functional.pad(z, (0, 1))
+        solutions.append(settings.solve(module.finish, state, FINISH_TIMES))
+        z, change = solutions[-1].y[:, -1].split([module.dim, 1], 1)
+        change = change[:, 0]
+    mixture = module.log_mixture(z)
+    if module.residual is not None:
+        state = nn.functional.pad(z, (0, 1))
+        solutions.append(settings.solve(module, state, TIMES))
+        change = change + solutions[-1].y[:, -1, -1]
+    return mixture - change, solutions
