@@ -427,3 +427,32 @@ def test_sample_and_inverse_check_their_arguments(fitted):
         fitted.sample(0)
     with pytest.raises(ValueError, match="Z has 3 features"):
         fitted.inverse_transform(np.zeros((2, 3)))
+
+
+@pytest.mark.parametrize("rtol", [1e-4, 1e-5, 1e-7])
+def test_numerical_error_is_estimated_and_bounded_by_the_tolerance(fitted, moons, rtol):
+    density = clone_fitted(fitted, rtol=rtol, atol=rtol)
+    exact = clone_fitted(fitted, rtol=1e-12, atol=1e-12).score_samples(moons)
+    error = np.abs(density.score_samples(moons) - exact)
+    estimate = density.estimate_error(moons)
+    assert error.max() > 0
+    np.testing.assert_allclose(estimate, error, rtol=0.1, atol=rtol)
+    # the errors of the two legs, and of the many steps in each, add up
+    assert np.sqrt(np.mean(estimate**2)) < 10 * rtol
+    assert estimate.max() < 100 * rtol
+
+
+def test_numerical_error_of_constant_steps_and_of_single_precision(fitted, moons):
+    density = clone_fitted(fitted, solver="rk4", step_size=0.1)
+    coarse = density.estimate_error(moons)
+    fine = density.set_params(step_size=0.05).estimate_error(moons)
+    assert np.median(coarse / fine) > 8  # of fourth order
+    single = CNFDensity(
+        dtype="float32", max_iter=2, tol=1.0, n_iter_no_change=1, random_state=0
+    ).fit(moons)
+    assert 0 < single.estimate_error(moons).max() < 1e-2
+
+
+def clone_fitted(density, **parameters):
+    """Return the same fitted estimator with other parameters."""
+    return copy.deepcopy(density).set_params(**parameters)
