@@ -7,9 +7,12 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from sknode._network import make_field
 from sknode.fields import (
     ClassMixtureField,
     ConcatSquashField,
+    DivergenceField,
+    EnergyField,
     GivenField,
     JointMixtureField,
     LogDensityField,
@@ -22,6 +25,7 @@ from sknode.ode.vector_field import DensityNetwork
 __all__ = [
     "DYNAMICS",
     "DensityFlow",
+    "FlowWithEnergy",
     "finish_loss",
     "flow_matching_loss",
     "make_finish_grid",
@@ -63,6 +67,8 @@ class DensityFlow(nn.Module):
         What densities depend on, if anything: `given` has then to be called first.
     condition_dim : int
         Number of classes or of values.
+    vector_field : callable, optional
+        Makes other learned fields, from the shape of a state.
     """
 
     def __init__(
@@ -76,6 +82,7 @@ class DensityFlow(nn.Module):
         activation,
         condition=None,
         condition_dim=0,
+        vector_field=None,
     ):
         super().__init__()
         self.dim, self.condition, self.condition_dim = dim, condition, condition_dim
@@ -89,6 +96,8 @@ class DensityFlow(nn.Module):
         settings = {"zero_init": True, "condition_dim": condition_dim}
 
         def field():
+            if vector_field is not None:
+                return DivergenceField(StartingAtZero(make_field(vector_field, (dim,))))
             if dynamics == "planar":
                 return PlanarField(dim, sum(hidden_layer_sizes), **settings)
             return ConcatSquashField(dim, hidden_layer_sizes, activation, **settings)
@@ -124,6 +133,20 @@ class DensityFlow(nn.Module):
             parts["residual"] = GivenField(self.residual, condition)
         if self.finish is not None:
             field = GivenField(self.finish.field, condition)
+            parts["finish"] = LogDensityField(field)
+        flow._modules = parts
+        return flow
+
+    def estimated(self, probes: Tensor) -> DensityFlow:
+        """Return the flow with divergences of learned fields estimated by probes.
+
+        It shares the weights. See `sknode.fields.DivergenceField`.
+        """
+        flow, parts = copy.copy(self), dict(self._modules)
+        if self.residual is not None:
+            parts["residual"] = DivergenceField(self.residual, probes)
+        if self.finish is not None:
+            field = DivergenceField(self.finish.field, probes)
             parts["finish"] = LogDensityField(field)
         flow._modules = parts
         return flow
@@ -171,6 +194,55 @@ class DensityFlow(nn.Module):
         """Return rows at t = 1 and how much log-density they lose from there on."""
         state = march(self.finish, nn.functional.pad(x, (0, 1)), grid)
         return state[:, :-1], state[:, -1]
+
+
+class StartingAtZero(nn.Module):
+    """A field times a number that starts as zero and is learned."""
+
+    def __init__(self, field: nn.Module):
+        super().__init__()
+        self.field, self.gain = field, nn.Parameter(torch.zeros(()))
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        """Evaluate at times (a scalar or (n, 1)) and states (n, dim)."""
+        return self.gain * self.field(t, y)
+
+
+class FlowWithEnergy(nn.Module):
+    """A flow before t = 1 that also integrates what its velocity spends.
+
+    Parameters
+    ----------
+    flow : DensityFlow
+        The flow, with a residual.
+    probe : Tensor of shape (dim,), optional
+        Random signs, for the norm of the Jacobian: see `sknode.fields.EnergyField`.
+    """
+
+    def __init__(self, flow: DensityFlow, probe: Tensor | None):
+        super().__init__()
+        self.flow, self.velocity = flow, Velocity(flow)
+        self.energy = EnergyField(self.velocity, (flow.dim,), probe)
+        self.n_integrals = 1 if probe is None else 2
+
+    def forward(self, t: Tensor, state: Tensor) -> Tensor:
+        """Return the slopes of y, of ``log p_t - log q_t`` and of the integrals."""
+        size = self.flow.dim + 1
+        y, integrals = state[:, : size - 1], state[:, size:]
+        spent = self.energy(t, torch.cat([y, integrals], 1))[:, size - 1 :]
+        return torch.cat([self.flow(t, state[:, :size]), spent], 1)
+
+
+class Velocity(nn.Module):
+    """The velocity of a flow before t = 1, as a field."""
+
+    def __init__(self, flow: DensityFlow):
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        """Evaluate at times (a scalar or (n, 1)) and states (n, dim)."""
+        return self.flow.velocity(t, y)
 
 
 def make_grid(n_steps: int, generator: torch.Generator | None = None) -> list[float]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sknode._density_flow import (
     DensityFlow,
+    FlowWithEnergy,
     finish_loss,
     flow_matching_loss,
     make_finish_grid,
@@ -62,18 +63,28 @@ class FlowTrainer:
         For objectives that simulate.
     objective : {"flow_matching", "likelihood"}
         That of the residual network.
+    hutchinson : bool
+        Whether divergences are estimated in training.
+    penalties : tuple of float
+        Strengths of the penalties on kinetic energy and on the Jacobian, of objectives
+        that simulate.
     generator : torch.Generator
         Draws batches, times and noises.
     history : History
         Gets an entry an epoch.
+    on_epoch : callable, optional
+        Called with the history of a network; returns True to end its training.
     """
 
     make: Callable[[bool, bool], DensityFlow]
     recipe: Callable[[int], Recipe]
     settings: SolverSettings
     objective: str
+    hutchinson: bool
+    penalties: tuple[float, float]
     generator: torch.Generator
     history: History
+    on_epoch: Callable[[History], bool] | None = None
 
     def fit(self, data, refine, before=None):
         """Train on rows; return the finish and the residual, None where no good.
@@ -113,9 +124,9 @@ class FlowTrainer:
             # where the flow carries N(0, I), its log-density against the other; steps
             # of fixed length would reward a field for what they get wrong
             z = torch.randn(rows.shape, generator=self.generator).to(rows)
-            solution = self._solve(flow, nn.functional.pad(z, (0, 1)), times)
-            x, change = solution.y[:, -1, :-1], solution.y[:, -1, -1]
-            losses = flow.log_mixture(x) + change - log_density(x)
+            solution, penalty = self._solve(flow, z, times)
+            x, change = solution.y[:, -1, : flow.dim], solution.y[:, -1, flow.dim]
+            losses = flow.log_mixture(x) + change - log_density(x) + penalty
             return losses, solution.stats["n_f_evals"]
 
         rows = torch.zeros(TARGET_ROWS, flow.dim, device=flow.mixture.axes.device)
@@ -127,7 +138,7 @@ class FlowTrainer:
         """Train what is next to the data by its likelihood."""
 
         def loss(rows, condition):
-            given = flow.given(condition)
+            given = self._estimated(flow.given(condition), rows)
             losses = finish_loss(given, rows, FINISH_STEPS, self.generator)
             return losses, torch.full_like(losses, 6 * FINISH_STEPS)
 
@@ -143,20 +154,43 @@ class FlowTrainer:
 
         def likelihood(rows, condition):
             given = flow.given(condition)
-            solution = self._solve(given, nn.functional.pad(rows, (0, 1)), TIMES)
-            losses = solution.y[:, -1, -1] - given.log_mixture(rows)
+            solution, penalty = self._solve(given, rows, TIMES)
+            losses = solution.y[:, -1, flow.dim] - given.log_mixture(rows) + penalty
             return losses, solution.stats["n_f_evals"]
 
         if self.objective == "likelihood":
             return self._run(flow, data, likelihood, LIKELIHOOD_DECAY)
         return self._run(flow, data, matching, MATCHING_DECAY)
 
-    def _solve(self, flow, state, times):
-        """Return the solution, through which gradients can be taken."""
+    def _signs(self, *shape):
+        return 2.0 * torch.randint(2, shape, generator=self.generator) - 1.0
+
+    def _estimated(self, flow, rows):
+        """Return the flow as it is trained: on request with estimated divergences."""
+        if not self.hutchinson:
+            return flow
+        # a row has its own: the noise is then less in the mean
+        return flow.estimated(self._signs(1, *rows.shape).to(rows))
+
+    def _solve(self, flow, rows, times):
+        """Return the solution from rows, through which gradients can be taken, and the
+        penalty on what the velocity has spent (n,), or zero.
+        """
+        flow, n_more, penalty = self._estimated(flow, rows), 0, 0.0
+        kinetic, jacobian = self.penalties
+        if kinetic or jacobian:
+            probe = self._signs(flow.dim).to(rows) if jacobian else None
+            flow = FlowWithEnergy(flow, probe)
+            n_more = flow.n_integrals
+        state = nn.functional.pad(rows, (0, 1 + n_more))
         solution = self.settings.solve(flow, state, times)
         if not solution.success:
             raise SolverError(solution.failure_report())
-        return solution
+        # backwards in time the integrals are negative
+        spent = solution.y[:, -1, rows.shape[1] + 1 :].abs()
+        for strength, integral in zip((kinetic, jacobian), spent.T, strict=False):
+            penalty = penalty + strength * integral
+        return solution, penalty
 
     def _run(self, flow, data, loss, decay):
         """Train the flow, which gets the best average of its weights.
@@ -180,7 +214,13 @@ class FlowTrainer:
         data = (rows, conditions)
         arguments = (flow, data, weight, loss, optimizer, recipe, self.generator)
         try:
-            train(*arguments, current, validate=validate, average=average)
+            train(
+                *arguments,
+                current,
+                validate=validate,
+                average=average,
+                on_epoch=lambda _: self.on_epoch is not None and self.on_epoch(current),
+            )
         except KeyboardInterrupt:
             warnings.warn(
                 "Training interrupted by user.", stacklevel=stacklevel_of_caller()

@@ -52,10 +52,12 @@ class DivergenceField(nn.Module):
     ----------
     field : torch.nn.Module
         The vector field ``f(t, y)``, row by row, of states (n, dim).
-    probes : Tensor of shape (n_probes, dim), optional
+    probes : Tensor of shape (n_probes, dim) or (n_probes, n, dim), optional
         Random signs ``e``. The divergence is then estimated without bias by the mean of
-        ``e^T (df/dy) e`` [1]_, at the cost of a product for every probe, the same for
-        all rows and times. Without, it is exact, at the cost of ``dim`` products.
+        ``e^T (df/dy) e`` [1]_, at the cost of a product for every probe. They are the
+        same for all rows, or a row has its own, with less noise in means over rows:
+        solve with ``row_wise=False`` then. Without, it is exact, at the cost of ``dim``
+        products.
 
     References
     ----------
@@ -73,9 +75,9 @@ class DivergenceField(nn.Module):
 
     def __init__(self, field: nn.Module, probes: Tensor | None = None):
         super().__init__()
-        if probes is not None and probes.ndim != 2:
+        if probes is not None and probes.ndim not in (2, 3):
             raise ValueError(
-                "probes must have shape (n_probes, dim). "
+                "probes must have shape (n_probes, dim) or (n_probes, n, dim). "
                 f"Got {tuple(probes.shape)} instead."
             )
         self.field = field
@@ -106,7 +108,7 @@ class DivergenceField(nn.Module):
                     retain_graph=True,
                     materialize_grads=True,
                 )
-                divergence = divergence + scale * (pulled @ vector)
+                divergence = divergence + scale * (pulled * vector).sum(1)
         return (slope if differentiable else slope.detach()), divergence
 
 

@@ -151,6 +151,17 @@ def test_probes_estimate_the_divergence_without_bias(y):
     assert (one - exact).abs().max() > 1e-3
 
 
+def test_rows_may_have_probes_of_their_own(y):
+    field = MLPField(y.shape[1], (8, 8)).double()
+    probes = torch.randint(2, (3, *y.shape)).double() * 2 - 1
+    t = torch.tensor(0.5, dtype=torch.float64)
+    _, divergence = DivergenceField(field, probes).with_divergence(t, y)
+    for row in range(len(y)):
+        alone = DivergenceField(field, probes[:, row])
+        _, expected = alone.with_divergence(t, y[row : row + 1])
+        torch.testing.assert_close(divergence[row : row + 1], expected)
+
+
 def reference(field_arguments, x):
     weights, means, covariances = field_arguments
     logs = [
