@@ -39,7 +39,7 @@ SHARED_CONSTRAINTS = {
     "max_steps": [Interval(Integral, 1, None, closed="left")],
     "step_size": [Interval(Real, 0, 1, closed="right")],
     "gradient": [StrOptions({"discrete", "continuous", "backprop"})],
-    "optimizer": [StrOptions({"adam"})],
+    "optimizer": [StrOptions({"adam", "muon"})],
     "alpha": [Interval(Real, 0, None, closed="left")],
     "batch_size": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left")],
     "learning_rate_init": [Interval(Real, 0, None, closed="neither")],
@@ -162,6 +162,7 @@ class BaseODEEstimator(CallbackSupportMixin, BaseEstimator):
             tol=float(self.tol),
             n_iter_no_change=self.n_iter_no_change,
             ends=not self.warm_start and max_iter > 1,
+            optimizer=self.optimizer,
             verbose=bool(self.verbose),
             name=type(self).__name__,
         )

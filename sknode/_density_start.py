@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,7 +15,7 @@ __all__ = ["Start", "choose_start", "fit_start", "is_better"]
 
 # Mixtures of 1, 2, 4, ... components are tried, up to so many, as long as each of them
 # has rows enough; those beyond the first limit with the better map of the columns only.
-FEW_COMPONENTS, MOST_COMPONENTS = 16, 256
+FEW_COMPONENTS, MOST_COMPONENTS = 16, 64
 # Components of the mixture that is the distribution of a single column.
 MARGINAL_COMPONENTS = 12
 # With fewer rows all of them are held out in turn, in so many parts.
@@ -34,11 +34,14 @@ class Start:
         Applied second.
     mixture : GaussianMixtureModel, ClassMixture or JointMixture
         Density of whitened rows.
+    n_components : int
+        Components that were asked for; of classes, each.
     """
 
     marginals: Marginals | None
     whitening: Whitening
     mixture: GaussianMixtureModel | ClassMixture | JointMixture
+    n_components: int = 1
 
     def forward(self, X):
         """Return whitened rows and the log-determinants of the map."""
@@ -57,6 +60,15 @@ class Start:
         """Return the log-density in the units of X."""
         Z, log_det = self.forward(X)
         return given.log_density(self.mixture, Z) + log_det
+
+    def simplify(self, X, given, weight, n_components, seed):
+        """Return the same maps with a mixture of fewer components."""
+        if n_components >= self.n_components:
+            return self
+        Z, _ = self.forward(X)
+        rng = np.random.RandomState(seed)
+        mixture = given.fit_mixture(Z, weight, n_components, rng)
+        return replace(self, mixture=mixture, n_components=n_components)
 
     def refit(self, X, given, weight, seed):
         """Return maps and mixture for all rows, from where they are."""
@@ -89,7 +101,7 @@ def fit_start(X, given, weight, marginals, n_components, seed, start=None):
     if start is not None:
         Z, _ = start.forward(X)
         mixture = given.fit_mixture(Z, weight, None, rng, start=start.mixture)
-        return Start(start.marginals, start.whitening, mixture)
+        return replace(start, mixture=mixture)
     warp, Z = None, X
     if marginals:
         k = max(1, min(MARGINAL_COMPONENTS, len(X) // 100))
@@ -98,7 +110,7 @@ def fit_start(X, given, weight, marginals, n_components, seed, start=None):
     whitening = Whitening.fit(Z, weight)
     Z, _ = whitening.forward(Z)
     mixture = given.fit_mixture(Z, weight, n_components, rng)
-    return Start(warp, whitening, mixture)
+    return Start(warp, whitening, mixture, n_components)
 
 
 def choose_start(X, given, weight, train, marginals, n_components, fraction, seed):

@@ -40,9 +40,15 @@ REFINEMENT = 4
 # Times and noises for a row in an epoch of flow matching.
 N_DRAWS = 8
 # What the moving average of the weights keeps in an update: flow matching is noisier.
-MATCHING_DECAY, LIKELIHOOD_DECAY = 0.998, 0.99
+MATCHING_DECAY, LIKELIHOOD_DECAY = 0.998, 0.998
 # From the data back to the base.
 TIMES = torch.tensor([1.0, 0.0], dtype=torch.float64)
+# Steepness of the units that a finish starts with, on whitened rows.
+UNIT_SLOPE = 6.0
+# Rows of an epoch, if there are more.
+EPOCH_ROWS = 10_000
+# Share of the epochs before in which the learning rate falls to zero.
+FALL_SHARE = 0.3
 # Rows of an epoch of `fit_target`, all fresh.
 TARGET_ROWS = 2048
 
@@ -105,6 +111,9 @@ class FlowTrainer:
             flow = self.make(False, True)
             if before is not None and before.finish is not None:
                 flow.finish.load_state_dict(before.finish.state_dict())
+            elif hasattr(flow.finish.field, "place_units"):
+                rows = data[0][0]
+                flow.finish.field.place_units(rows, UNIT_SLOPE, self.generator)
             if self._fit_finish(flow, data):
                 finish = flow.finish
                 # the residual is trained on the rows as they are at its end
@@ -115,6 +124,12 @@ class FlowTrainer:
         if self._fit_residual(flow, data):
             residual = flow.residual
         return finish, residual
+
+    def log_density(self, finish, residual, data):
+        """Return the log-density of rows, in the units of X, by trained networks."""
+        flow = self.make(residual is not None, finish is not None)
+        flow.finish, flow.residual = finish, residual
+        return _log_density(flow, data, REFINEMENT)
 
     def fit_target(self, flow, log_density):
         """Minimise the reverse divergence to an unnormalised log-density."""
@@ -199,7 +214,14 @@ class FlowTrainer:
         """
         (rows, conditions, weight, _), held_out = data
         # the loss is a sum over features whose size differs from data to data
-        recipe = replace(self.recipe(len(rows)), gradient_bound=None, ends=True)
+        recipe = replace(
+            self.recipe(len(rows)),
+            gradient_bound=None,
+            ends=True,
+            decays=True,
+            fall_share=FALL_SHARE,
+            epoch_rows=EPOCH_ROWS,
+        )
         average, validate, current = Average(flow, decay), None, History()
         if len(held_out[0]):
             few = tuple(x[:VALIDATION_ROWS] for x in held_out)

@@ -44,6 +44,14 @@ class SolverSettings:
     step_size: float | None
     row_wise: bool = True  # not where the field holds a tensor with an entry per row
 
+    def tighten(self, factor: float, dtype: torch.dtype) -> SolverSettings:
+        """Return those of a solve with tolerances divided by a factor, as far as the
+        precision goes.
+        """
+        least = min(self.rtol, 4 * torch.finfo(dtype).eps)
+        rtol = max(self.rtol / factor, least)
+        return replace(self, rtol=rtol, atol=self.atol / factor)
+
     def refine(self) -> SolverSettings:
         """Return those of a solve with about a hundredth of the error, or half the
         steps where they are constant.

@@ -41,6 +41,13 @@ class Recipe:
     # the "AutoClip" of Seetharaman, Wichern, Pardo & Le Roux (MLSP 2020).
     gradient_bound: float | None = 1.0
     ends: bool = True  # whether max_iter is the end, and no later call goes on
+    optimizer: str = "adam"
+    epoch_rows: int | None = None  # an epoch is so many rows at most, drawn anew
+    # Whether the learning rate falls evenly from the first epoch to max_iter.
+    decays: bool = False
+    # Without progress it falls to zero in n_iter_no_change epochs, or in this share of
+    # those before if that is more.
+    fall_share: float = 0.0
     verbose: bool = False
     name: str = "estimator"
 
@@ -84,22 +91,88 @@ class Average:
         torch._foreach_lerp_(mine, theirs, 1 - decay)
 
 
+class MuonAndAdam:
+    """Muon for matrices, which orthogonalises their updates [1]_, Adam for the rest.
+
+    It has what the loop needs of an optimizer. The penalty on matrices is part of their
+    gradient, as it is with Adam.
+
+    Parameters
+    ----------
+    matrices : list of Parameter
+        What Muon updates.
+    groups : list of dict
+        Groups of parameters for Adam.
+    lr : float
+        Step size of both: an update by Muon has the root mean square of one by Adam.
+
+    References
+    ----------
+    .. [1] Jordan, Jin, Boza, You, Cesista, Newhouse & Bernstein, "Muon: An optimizer
+       for hidden layers in neural networks", 2024.
+    """
+
+    def __init__(self, matrices, groups, lr):
+        muon = torch.optim.Muon(
+            [{"params": matrices, "decay": True, "penalty": 0.0}],
+            lr=lr,
+            weight_decay=0.0,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        self.parts = muon, torch.optim.Adam(groups, lr=lr, fused=True)
+
+    @property
+    def param_groups(self):
+        """The groups of both."""
+        return [group for part in self.parts for group in part.param_groups]
+
+    def zero_grad(self):
+        """Forget the gradients."""
+        for part in self.parts:
+            part.zero_grad()
+
+    def step(self):
+        """Follow the gradients."""
+        (group,) = self.parts[0].param_groups
+        if group["penalty"]:
+            for p in group["params"]:
+                p.grad.add_(p.detach(), alpha=group["penalty"])
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self):
+        """Return the states of both."""
+        return dict(enumerate(part.state_dict() for part in self.parts))
+
+    def load_state_dict(self, state):
+        """Go on from the states of both."""
+        for i, part in enumerate(self.parts):
+            part.load_state_dict(state[i])
+
+
 def make_optimizer(module: nn.Module, recipe: Recipe, state: dict | None = None):
-    """Return Adam, in groups with and without the penalty: on weight matrices only.
+    """Return the optimizer, with a group that is penalised: that of the matrices.
 
     Parameters
     ----------
     module : torch.nn.Module
         What is trained.
     recipe : Recipe
-        For the learning rate.
+        For its name and the learning rate.
     state : dict, optional
         The state of an earlier optimizer, to go on with.
     """
     weights = [p for p in module.parameters() if p.ndim > 1]
     others = [p for p in module.parameters() if p.ndim <= 1]
-    groups = [{"params": weights, "decay": True}, {"params": others, "decay": False}]
-    optimizer = torch.optim.Adam(groups, lr=recipe.learning_rate, fused=True)
+    # Muon takes nothing but matrices, which leaves convolutions to Adam
+    by_muon = recipe.optimizer == "muon"
+    matrices = [p for p in weights if p.ndim == 2 and by_muon]
+    rest = [p for p in weights if p.ndim != 2 or not by_muon]
+    groups = [{"params": rest, "decay": True}, {"params": others, "decay": False}]
+    if matrices:
+        optimizer = MuonAndAdam(matrices, groups, recipe.learning_rate)
+    else:
+        optimizer = torch.optim.Adam(groups, lr=recipe.learning_rate, fused=True)
     if state is not None:
         optimizer.load_state_dict(state)
         for group in optimizer.param_groups:
@@ -146,8 +219,8 @@ def train(
         Returns a score of the module as it is, larger is better. With it, training
         ends when the score no longer improves and the best weights are restored;
         without, when the loss no longer does. Either way, and also before
-        ``max_iter``, it ends with ``n_iter_no_change`` epochs in which the learning
-        rate falls to zero: they take the noise of the minibatches out of the weights.
+        ``max_iter``, it ends with epochs in which the learning rate falls to zero:
+        they take the noise of the minibatches out of the weights.
     average : Average, optional
         Follows the weights. It is then its module that ``validate`` looks at, and the
         best average is what the trained module gets.
@@ -155,18 +228,20 @@ def train(
         Called with the epoch; returns True to stop.
     """
     n, device = len(weight), weight.device
-    n_batches = math.ceil(n / recipe.batch_size)
+    n_rows = min(n, recipe.epoch_rows or n)  # of an epoch
+    n_batches = math.ceil(n_rows / recipe.batch_size)
     parameters = [p for p in module.parameters() if p.requires_grad]
     penalize(optimizer, recipe.alpha / (recipe.total_weight or float(weight.sum())))
-    best, norms = None, []
+    best, norms, level = None, [], 1.0
     followed = module if average is None else average.module
     for epoch in range(recipe.max_iter):
         started = time.perf_counter()
         # A single batch stays in order: a weight of 2 is then the same as a row twice.
         order = torch.arange(n)
         if n_batches > 1:
-            order = torch.randperm(n, generator=generator)
-        loss_sum, nfe_sum = 0.0, 0.0  # tensors on the device: read once an epoch
+            order = torch.randperm(n, generator=generator)[:n_rows]
+        # tensors on the device: read once an epoch
+        loss_sum, share_sum, nfe_sum = 0.0, 0.0, 0.0
         for rows in order.to(device).split(recipe.batch_size):
             share = weight[rows]
             optimizer.zero_grad()
@@ -184,11 +259,11 @@ def train(
             optimizer.step()
             if average is not None:
                 average.update(module)
-            loss_sum = loss_sum + loss.detach()
+            loss_sum, share_sum = loss_sum + loss.detach(), share_sum + share.sum()
             nfe_sum = nfe_sum + nfe.sum()
 
-        history.loss.append(float(loss_sum / weight.sum()))
-        history.nfe.append(float(nfe_sum) / n)
+        history.loss.append(float(loss_sum / share_sum))
+        history.nfe.append(float(nfe_sum) / n_rows)
         if not np.isfinite(history.loss[-1]):
             raise ValueError(
                 f"{recipe.name}: the training loss is not finite in epoch "
@@ -202,9 +277,11 @@ def train(
         report(recipe, history, time.perf_counter() - started)
         if on_epoch(epoch) or has_finished(recipe, history, validate is not None):
             break
+        if recipe.decays and not history.fall:
+            level = 1 - len(history.loss) / recipe.max_iter
+        share = history.fallen / (history.fall + 1)
         for group in optimizer.param_groups:
-            share = history.fallen / (history.fall + 1)
-            group["lr"] = recipe.learning_rate * (1 - share)
+            group["lr"] = recipe.learning_rate * level * (1 - share)
     if epoch + 1 == recipe.max_iter > 1 and not history.converged:
         warnings.warn(
             f"{recipe.name}: max_iter={recipe.max_iter} was reached and the "
@@ -236,7 +313,8 @@ def clip(parameters, bound, norms) -> None:
 def penalize(optimizer: torch.optim.Optimizer, alpha: float) -> None:
     """Let the next step add the gradient of ``alpha / 2 |W|^2``."""
     for group in optimizer.param_groups:
-        group["weight_decay"] = alpha if group["decay"] else 0.0
+        key = "penalty" if "penalty" in group else "weight_decay"
+        group[key] = alpha if group["decay"] else 0.0
 
 
 def has_finished(recipe: Recipe, history: History, validated: bool) -> bool:
@@ -250,12 +328,14 @@ def has_finished(recipe: Recipe, history: History, validated: bool) -> bool:
     if improved:
         history.last_progress = now
     history.stale = 0 if improved else history.stale + 1
-    left = recipe.max_iter - len(history.loss)
+    epochs = len(history.loss)
+    left = recipe.max_iter - epochs
+    fall = max(recipe.n_iter_no_change, round(recipe.fall_share * epochs))
     # a training that is cut short spends a third of it on the fall at most
-    at_limit = min(recipe.n_iter_no_change, recipe.max_iter // 3)
+    at_limit = min(fall, recipe.max_iter // 3)
     if history.stale > recipe.n_iter_no_change:
         history.converged = True
-        history.fall, history.fallen = min(recipe.n_iter_no_change, left), 1
+        history.fall, history.fallen = min(fall, left), 1
         if recipe.verbose:
             what = "Validation score" if validated else "Training loss"
             print(
@@ -263,7 +343,7 @@ def has_finished(recipe: Recipe, history: History, validated: bool) -> bool:
                 f"{recipe.n_iter_no_change} consecutive epochs. Ending with a falling "
                 "learning rate."
             )
-    elif recipe.ends and 0 < left <= at_limit:
+    elif recipe.ends and not recipe.decays and 0 < left <= at_limit:
         history.fall, history.fallen = left, 1
     return False
 

@@ -35,11 +35,12 @@ from sknode._density_posterior import ClassPosteriorMixin
 from sknode._density_prepare import Maps, prepare_rows
 from sknode._density_rows import hold_out
 from sknode._density_solve import carry, follow, log_density
-from sknode._density_start import Start, choose_start
+from sknode._density_start import Start, choose_start, is_better
 from sknode._density_training import FlowTrainer
 from sknode._mixture import GaussianMixtureModel
 from sknode._training import History
 from sknode._warp import Whitening
+from sknode.ode.methods import get_method
 
 __all__ = ["CNFDensity"]
 
@@ -47,10 +48,15 @@ __all__ = ["CNFDensity"]
 CHUNK_ROWS, CHUNK_VALUES = 4096, 2**22
 # With fewer different rows no network is trained: too few are held out to judge it.
 LEAST_ROWS = 200
+# Components, at most, that networks start from, unless there is a number given.
+FEW_COMPONENTS = 4
 # Updates an epoch that are aimed at.
 N_UPDATES = 32
 # In single precision there is no use in asking for more.
 SINGLE_TOLERANCE = 1e-5
+# Flows that amplify the errors of their solves are solved more accurately: as this many
+# rows, at this tolerance, tell; but no more than so many times.
+JUDGED_ROWS, JUDGED_TOLERANCE, LARGEST_AMPLIFICATION = 200, 1e-5, 1e3
 # Solves inside of training need not be more accurate than this.
 TRAINING_TOLERANCE = 1e-3
 
@@ -75,7 +81,7 @@ class CNFDensity(
     hidden_layer_sizes : tuple of int or int, default=(64, 64)
         Sizes of the hidden layers of the vector field; with ``dynamics="planar"`` their
         sum is the number of planar units.
-    activation : {"tanh", "softplus", "silu", "elu", "sigmoid", "relu"}, default="silu"
+    activation : {"tanh", "softplus", "silu", "elu", "sigmoid", "relu"}, default="tanh"
         Activation of the vector field; planar units always have "tanh".
     dynamics : {"mlp", "planar"}, default="mlp"
         Vector field: a perceptron with gates of time, or the sum of gated planar units
@@ -103,7 +109,7 @@ class CNFDensity(
         [4]_. They favour flows that are cheap to solve.
     n_components : int or "auto", default="auto"
         Components of the mixture that the flow starts from, with full covariances.
-        "auto" tries 1, 2, 4, ... up to 256 on held-out rows; 1 is the Gaussian of
+        "auto" tries 1, 2, 4, ... up to 64 on held-out rows; 1 is the Gaussian of
         maximum likelihood. Of classes it is the number each, fewer for one of few rows.
     marginals : bool or "auto", default="auto"
         Whether every column is first mapped to a normal distribution by itself, which
@@ -137,8 +143,9 @@ class CNFDensity(
         ODE solver, as in `sknode.ode.solve_ode`. "rk4", "midpoint" and "euler" take
         constant steps of length ``step_size``, the others adapt them to the tolerance.
     rtol, atol : float, default=1e-7
-        Relative and absolute tolerance of the solver, at least 1e-5 in single
-        precision. Read again by every method:
+        Relative and absolute tolerance of log-densities, at least 1e-5 in single
+        precision. The solver has to be more accurate where the flow amplifies its
+        errors: by how much, `fit` finds out. Read again by every method:
         ``density.set_params(rtol=1e-9).score_samples(X)`` solves more accurately with
         the same weights.
     max_steps : int, default=1000
@@ -147,22 +154,24 @@ class CNFDensity(
         Length of the steps of the solvers without error estimate; the interval is 1.
     gradient : {"discrete", "continuous", "backprop"}, default="discrete"
         With ``objective="likelihood"``, how to differentiate the solver.
-    optimizer : {"adam"}, default="adam"
-        Training algorithm.
+    optimizer : {"adam", "muon"}, default="muon"
+        Training algorithm. "muon" orthogonalises the updates of matrices [5]_, and
+        leaves other weights to Adam; it takes far fewer updates here.
     alpha : float, default=1e-4
         Strength of the L2 penalty on the weights.
     batch_size : int or "auto", default="auto"
         Rows of a minibatch; "auto" is 1/32 of them, but from 32 to 200.
-    learning_rate_init : float, default=3e-3
+    learning_rate_init : float, default=1e-2
         Step size of the training algorithm.
-    max_iter : int, default=200
-        Largest number of epochs.
-    tol : float, default=5e-3
+    max_iter : int, default=120
+        Largest number of epochs of each network. An epoch is a pass over the rows; of
+        more than 10,000 it takes so many, drawn anew.
+    tol : float, default=2e-3
         What the held-out log-likelihood (the loss, without ``early_stopping``) has to
         gain to count as progress.
-    n_iter_no_change : int, default=5
-        After so many epochs without progress training ends, with as many epochs more
-        in which the learning rate falls to zero.
+    n_iter_no_change : int, default=10
+        After so many epochs without progress training ends, with as many epochs more,
+        or 0.3 times those before, in which the learning rate falls to zero.
     early_stopping : bool, default=True
         Whether to hold out ``validation_fraction`` of the rows, to stop by their
         likelihood, keep the best weights, and keep the network only if it is better
@@ -253,6 +262,8 @@ class CNFDensity(
        Continuous Dynamics for Scalable Reversible Generative Models", ICLR 2019.
     .. [4] Finlay, Jacobsen, Nurbekyan & Oberman, "How to train your neural ODE: the
        world of Jacobian and kinetic regularization", ICML 2020.
+    .. [5] Jordan, Jin, Boza, You, Cesista, Newhouse & Bernstein, "Muon: An optimizer
+       for hidden layers in neural networks", 2024.
 
     Examples
     --------
@@ -299,7 +310,7 @@ class CNFDensity(
     def __init__(
         self,
         hidden_layer_sizes=(64, 64),
-        activation="silu",
+        activation="tanh",
         *,
         dynamics="mlp",
         vector_field=None,
@@ -319,13 +330,13 @@ class CNFDensity(
         max_steps=1000,
         step_size=0.02,
         gradient="discrete",
-        optimizer="adam",
+        optimizer="muon",
         alpha=1e-4,
         batch_size="auto",
-        learning_rate_init=3e-3,
-        max_iter=200,
-        tol=5e-3,
-        n_iter_no_change=5,
+        learning_rate_init=1e-2,
+        max_iter=120,
+        tol=2e-3,
+        n_iter_no_change=10,
         early_stopping=True,
         validation_fraction=0.1,
         warm_start=False,
@@ -422,6 +433,12 @@ class CNFDensity(
         finish = residual = None
         if judged or not self.early_stopping:
             on_epoch = self._epoch_callback(context, X)
+            mixture_alone = start
+            if self._starts_small() and not going_on:
+                train = np.sort(rows[0])
+                start = start.simplify(
+                    U[train], given.take(train), weight[train], FEW_COMPONENTS, seed
+                )
             settings = start.mixture, maps.condition, device, seed, history
             trainer = self._trainer(*settings, on_epoch)
             Z, log_det = start.forward(U)
@@ -430,6 +447,13 @@ class CNFDensity(
             data = [_to_tensors(device, *(x[r] for x in arrays)) for r in rows]
             before = self.module_ if going_on else None
             finish, residual = trainer.fit(data, self.refine, before)
+            if judged and start is not mixture_alone:
+                held_out = rows[1]
+                logs = trainer.log_density(finish, residual, data[1])
+                mixture = mixture_alone.log_density(U[held_out], given.take(held_out))
+                mixture += slope[held_out]
+                if not is_better(logs, mixture, weight[held_out]):
+                    start, finish, residual = mixture_alone, None, None
         if residual is None and finish is None and judged and not going_on:
             # the rows that were held out have done their work
             start = start.refit(U, given, weight, seed)
@@ -440,6 +464,8 @@ class CNFDensity(
             if trained is not None:
                 mine.load_state_dict(trained.state_dict())
         self._keep(module, maps, start, history)
+        Z, _ = start.forward(U[:JUDGED_ROWS])
+        self._amplification = self._measure_amplification(Z, given.rows[:JUDGED_ROWS])
         context.call_on_fit_task_end(
             estimator=self, X=X, y=None, reconstruction_attributes={}
         )
@@ -466,6 +492,16 @@ class CNFDensity(
                 "vector_field must be None for a conditional density: it would have to "
                 "depend on y. Use dynamics='mlp' or 'planar'."
             )
+
+    def _starts_small(self):
+        """Return whether networks are to start from few components.
+
+        A mixture of many has ripples that a network is long in unlearning; one of few
+        it turns into the data faster. That holds for units that begin where there are
+        data.
+        """
+        built_in = self.dynamics == "mlp" and self.vector_field is None
+        return self.n_components == "auto" and self.refine and built_in
 
     def _goes_on(self):
         """Return whether fit goes on from the last one."""
@@ -546,6 +582,7 @@ class CNFDensity(
     def _keep(self, module, maps, start, history):
         """Set the fitted attributes."""
         self.module_, self._maps, self._start = module.eval(), maps, start
+        self._amplification = 1.0
         self.widths_ = maps.grid.width
         if maps.condition.kind == "classes":
             self.classes_ = maps.condition.classes
@@ -615,6 +652,10 @@ class CNFDensity(
         )
         module.residual.load_state_dict(flow.residual.state_dict())
         self._keep(module, maps, start, history)
+        noise = np.random.RandomState(seed).normal(size=(JUDGED_ROWS, n_features))
+        C = np.empty((JUDGED_ROWS, 0))
+        Z = self._by_blocks(noise, C, partial(carry, forwards=True))
+        self._amplification = self._measure_amplification(Z, C)
         return self
 
     # --- using the density ------------------------------------------------------------
@@ -866,6 +907,22 @@ class CNFDensity(
         rows = self._maps.bounds.inverse(rows)
         return rows.reshape(paths.shape).astype(X.dtype, copy=False)
 
+    def _measure_amplification(self, Z, C):
+        """Return how much larger the error of log-densities is than the tolerance.
+
+        Errors of single steps add up, and what a flow pulls apart it pulls apart with
+        its errors.
+        """
+        rough = copy.copy(self)  # parameters are not to be touched
+        rough.set_params(rtol=JUDGED_TOLERANCE, atol=JUDGED_TOLERANCE)
+        if not get_method(self.solver).adaptive:
+            return 1.0
+        logs, exact = (
+            rough._by_blocks(Z, C, log_density, finer=finer) for finer in (False, True)
+        )
+        error = np.sqrt(np.mean((logs - exact) ** 2)) / JUDGED_TOLERANCE
+        return float(np.clip(np.nan_to_num(error, nan=1.0), 1.0, LARGEST_AMPLIFICATION))
+
     def _by_blocks(self, Z, C, compute, finer=False):
         """Return results for whitened rows, given encoded targets.
 
@@ -875,8 +932,9 @@ class CNFDensity(
         module = self._module_for_prediction()
         single = module.mixture.axes.dtype == torch.float32
         dtype = torch.float32 if single else torch.float64
+        settings = self._solver_settings(dtype, SINGLE_TOLERANCE if single else 0)
         settings = replace(
-            self._solver_settings(dtype, SINGLE_TOLERANCE if single else 0),
+            settings.tighten(self._amplification, dtype),
             row_wise=not module.condition_dim,
         )
         if finer:

@@ -97,8 +97,9 @@ class ODENetClassifier(ClassifierMixin, BaseODENet):
         How to differentiate the solver: the exact reverse of its steps, in the memory
         of the states; a second solve backwards in time, in memory that does not grow
         with the steps; or torch's autograd through all operations.
-    optimizer : {"adam"}, default="adam"
-        Training algorithm.
+    optimizer : {"adam", "muon"}, default="adam"
+        Training algorithm. "muon" orthogonalises the updates of matrices and leaves
+        other weights to Adam.
     alpha : float, default=0.3
         Strength of the L2 penalty on the weight matrices: ``alpha / 2`` times the sum
         of their squares is added to the sum of the losses of all rows, as in
@@ -553,8 +554,9 @@ class ODENetRegressor(RegressorMixin, BaseODENet):
         How to differentiate the solver: the exact reverse of its steps, in the memory
         of the states; a second solve backwards in time, in memory that does not grow
         with the steps; or torch's autograd through all operations.
-    optimizer : {"adam"}, default="adam"
-        Training algorithm.
+    optimizer : {"adam", "muon"}, default="adam"
+        Training algorithm. "muon" orthogonalises the updates of matrices and leaves
+        other weights to Adam.
     alpha : float, default=0.3
         Strength of the L2 penalty on the weight matrices: ``alpha / 2`` times the sum
         of their squares is added to the sum of the losses of all rows, as in

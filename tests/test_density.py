@@ -49,7 +49,7 @@ def test_density_integrates_to_one_in_the_plane(dynamics, marginals):
     density = CNFDensity(
         **SHORT, dynamics=dynamics, marginals=marginals, early_stopping=False
     ).fit(X)
-    x = np.linspace(-4, 5, 91)
+    x = np.linspace(-4, 5, 181)
     grid = np.stack(np.meshgrid(x, x), -1).reshape(-1, 2)
     total = np.exp(density.score_samples(grid)).sum() * (x[1] - x[0]) ** 2
     assert total == pytest.approx(1.0, abs=1e-4)
@@ -456,3 +456,20 @@ def test_numerical_error_of_constant_steps_and_of_single_precision(fitted, moons
 def clone_fitted(density, **parameters):
     """Return the same fitted estimator with other parameters."""
     return copy.deepcopy(density).set_params(**parameters)
+
+
+def test_networks_are_dropped_where_the_mixture_is_better():
+    X, _ = make_density("8gaussians", 1000, random_state=0)
+    density = CNFDensity(max_iter=2, random_state=0).fit(X)
+    assert density.module_.finish is None
+    assert density.n_components_ == 8
+
+
+def test_networks_start_from_few_components():
+    X, _ = make_density("checkerboard", 2000, random_state=0)
+    density = CNFDensity(max_iter=15, random_state=0).fit(X)
+    assert density.module_.finish is not None
+    assert density.n_components_ <= 4
+    many = CNFDensity(n_components=32, max_iter=1, random_state=0).fit(X)
+    assert many.n_components_ == 32
+    assert density.score(X) > many.score(X)

@@ -256,3 +256,22 @@ def test_far_away_the_mixture_stays_finite():
 def test_wrong_arguments_are_named(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_units_are_placed_where_the_data_are():
+    torch.manual_seed(0)
+    rows = torch.randn(50, 3) + torch.tensor([0.0, 10.0, -10.0])
+    field = ConcatSquashField(3, (12, 8), n_frequencies=0)
+    field.place_units(rows, 4.0, torch.Generator().manual_seed(0))
+    weight = field.layers[0].weight
+    assert ((weight != 0).sum(1) == 1).all()  # along one component each
+    assert ((weight != 0).sum(0) == 4).all()
+    steep = weight.abs().sum(1)
+    assert (steep >= 2.0).all() and (steep <= 6.0).all()
+    centres = -field.modulation.bias[20:32] / weight.sum(1)
+    component = weight.abs().argmax(1)
+    for centre, i in zip(centres, component, strict=True):
+        assert (rows[:, i] - centre).abs().min() < 1e-4
+    again = ConcatSquashField(3, (12, 8), n_frequencies=0)
+    again.place_units(rows, 4.0, torch.Generator().manual_seed(0))
+    assert torch.equal(again.layers[0].weight, weight)

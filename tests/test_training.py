@@ -1,0 +1,123 @@
+"""The training loop and its optimizers."""
+
+import math
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import make_moons
+from sklearn.exceptions import ConvergenceWarning
+from torch import nn
+
+from sknode import ODENetClassifier
+from sknode._training import History, MuonAndAdam, Recipe, make_optimizer, train
+
+RECIPE = Recipe(
+    max_iter=10,
+    batch_size=8,
+    learning_rate=0.01,
+    alpha=0.0,
+    tol=0.0,
+    n_iter_no_change=100,
+    optimizer="muon",
+)
+
+
+def make_network():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+
+
+def run(recipe, n=40, network=None):
+    """Train; return the learning rates, the number of rows seen, and the history."""
+    network = network or make_network()
+    optimizer = make_optimizer(network, recipe)
+    rates, seen, history = [], [], History()
+
+    def objective(x):
+        rates.append(optimizer.param_groups[0]["lr"])
+        seen.append(x[:, 0].detach().clone())
+        return network(x).square()[:, 0], torch.ones(len(x))
+
+    x = torch.arange(3.0 * n).reshape(n, 3) / (3 * n)
+    generator = torch.Generator().manual_seed(0)
+    arguments = (x,), torch.ones(n), objective, optimizer, recipe, generator, history
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        train(network, *arguments)
+    return rates, seen, history
+
+
+def test_muon_moves_along_orthogonal_directions_and_adam_moves_the_rest():
+    network = nn.Sequential(nn.Linear(6, 6), nn.Conv2d(1, 2, 3))
+    optimizer = make_optimizer(network, RECIPE)
+    assert isinstance(optimizer, MuonAndAdam)
+    muon, adam = optimizer.parts
+    assert [p.shape for p in muon.param_groups[0]["params"]] == [(6, 6)]
+    assert sum(len(g["params"]) for g in adam.param_groups) == 3
+    before = network[0].weight.detach().clone()
+    generator = torch.Generator().manual_seed(0)
+    for p in network.parameters():
+        p.grad = torch.randn(p.shape, generator=generator)
+    optimizer.step()
+    singular = torch.linalg.svdvals(network[0].weight.detach() - before)
+    # Newton and Schulz' iteration is content with singular values about equal
+    assert singular.max() < 2 * singular.min()
+    rms = (network[0].weight.detach() - before).square().mean().sqrt()
+    assert float(rms) == pytest.approx(0.2 * 0.01, rel=0.3)
+
+
+def test_penalty_pulls_on_matrices_with_either_optimizer():
+    for name in ("adam", "muon"):
+        recipe = Recipe(**{**vars(RECIPE), "optimizer": name, "alpha": 1e6})
+        network = make_network()
+        norm = float(network[0].weight.detach().norm())
+        run(recipe, network=network)
+        assert float(network[0].weight.detach().norm()) < 0.9 * norm
+
+
+def test_only_convolutions_leave_nothing_to_muon():
+    assert isinstance(
+        make_optimizer(nn.Conv2d(1, 1, 3, bias=False), RECIPE), torch.optim.Adam
+    )
+
+
+def test_muon_goes_on_from_its_state():
+    X, y = make_moons(60, noise=0.1, random_state=0)
+    settings = {"optimizer": "muon", "random_state": 0, "hidden_layer_sizes": (8,)}
+    whole = ODENetClassifier(**settings)
+    for _ in range(2):
+        whole.partial_fit(X, y, classes=[0, 1])
+    halves = ODENetClassifier(**settings).partial_fit(X, y, classes=[0, 1])
+    halves = pickle.loads(pickle.dumps(halves)).partial_fit(X, y)
+    np.testing.assert_allclose(
+        whole.decision_function(X), halves.decision_function(X), rtol=1e-12
+    )
+
+
+def test_learning_rate_falls_evenly_on_request():
+    rates, _, _ = run(Recipe(**{**vars(RECIPE), "decays": True, "batch_size": 40}))
+    np.testing.assert_allclose(rates, 0.01 * (1 - np.arange(10) / 10))
+
+
+def test_learning_rate_falls_for_a_share_of_the_epochs_before():
+    settings = {"tol": math.inf, "n_iter_no_change": 3, "max_iter": 100}
+    settings |= {"fall_share": 2.0, "batch_size": 40}
+    rates, _, history = run(Recipe(**{**vars(RECIPE), **settings}))
+    constant = rates.count(0.01)
+    falling = len(rates) - constant
+    assert history.converged
+    assert falling == 2 * constant
+    assert np.all(np.diff(rates[constant:]) < 0)
+
+
+def test_epochs_of_some_rows_draw_them_anew():
+    recipe = Recipe(**{**vars(RECIPE), "epoch_rows": 16})
+    _, seen, history = run(recipe)
+    epochs = [set(torch.cat(seen[i : i + 2]).tolist()) for i in range(0, 20, 2)]
+    assert all(len(rows) == 16 for rows in epochs)
+    assert len(set.union(*epochs)) == 40
+    assert history.nfe == [1.0] * 10
