@@ -143,7 +143,8 @@ def test_estimated_divergences_train_about_as_well(moons, settings, refine):
         **settings,
         "refine": refine,
         "objective": "likelihood",
-        "max_iter": 20,
+        "max_iter": 10,
+        "optimizer": "adam",
         "learning_rate_init": 1e-2,
     }
     exact = CNFDensity(**settings).fit(moons)

@@ -13,6 +13,7 @@ from torch import nn
 
 from sknode import ODENetClassifier
 from sknode._training import History, MuonAndAdam, Recipe, make_optimizer, train
+from sknode.fields import ConcatSquashField
 
 RECIPE = Recipe(
     max_iter=10,
@@ -68,6 +69,14 @@ def test_muon_moves_along_orthogonal_directions_and_adam_moves_the_rest():
     assert singular.max() < 2 * singular.min()
     rms = (network[0].weight.detach() - before).square().mean().sqrt()
     assert float(rms) == pytest.approx(0.2 * 0.01, rel=0.3)
+
+
+def test_muon_leaves_gates_and_biases_of_time_to_adam():
+    field = ConcatSquashField(2, (8, 8))
+    muon, adam = make_optimizer(field, RECIPE).parts
+    assert len(muon.param_groups[0]["params"]) == 3
+    (matrix,) = adam.param_groups[0]["params"]
+    assert matrix is field.modulation.weight
 
 
 def test_penalty_pulls_on_matrices_with_either_optimizer():
