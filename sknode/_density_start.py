@@ -13,13 +13,15 @@ from sknode._warp import Marginals, Whitening, find_constant
 
 __all__ = ["Start", "choose_start", "fit_start", "is_better"]
 
-# Mixtures of 1, 2, 4, ... components are tried, up to so many, as long as each of them
-# has rows enough; those beyond the first limit with the better map of the columns only.
+# Mixtures of 1, 2, 4, ... components are tried, up to the first number, and to the
+# second as long as more are better and each of them has rows enough.
 FEW_COMPONENTS, MOST_COMPONENTS = 16, 64
 # Components of the mixture that is the distribution of a single column.
 MARGINAL_COMPONENTS = 12
 # With fewer rows all of them are held out in turn, in so many parts.
 FEW_ROWS, N_FOLDS = 1000, 5
+# Rows that choices are made by: so many to fit to, and to judge by.
+CHOICE_ROWS = 10_000, 5_000
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,8 @@ def _make_folds(X, given, weight, fraction, seed):
         parts = np.array_split(order, min(N_FOLDS, n))
         folds = [(np.setdiff1d(order, part), part) for part in parts]
     else:
-        folds = [hold_out(n, fraction, seed, strata)]
+        parts = hold_out(n, fraction, seed, strata)
+        folds = [tuple(x[:k] for x, k in zip(parts, CHOICE_ROWS, strict=True))]
     return [
         (np.sort(a), np.sort(b))
         for a, b in folds
@@ -190,7 +193,9 @@ def _compare_starts(X, given, weight, folds, marginals, n_components, seed):
 
     Notes
     -----
-    Anything but the Gaussian has to be better by more than the standard error.
+    Anything but the Gaussian has to be better by more than the standard error. Maps of
+    columns are judged with as many components as help: what they gain with few may be
+    what more components do better, as with rings.
     """
     rows = np.concatenate([held_out for _, held_out in folds])
 
@@ -216,10 +221,10 @@ def _compare_starts(X, given, weight, folds, marginals, n_components, seed):
 
     best = max(scores, key=mean)
     while n_components == "auto" and best[1] == max(k for _, k in scores):
-        further = (best[0], 2 * best[1])
-        if further[1] > most:
+        k = 2 * best[1]
+        if k > most:
             break
-        scores[further] = evaluate(*further)
+        scores |= {(warp, k): evaluate(warp, k) for warp in warps}
         best = max(scores, key=mean)
     simple = (warps[0], few[0])
     if is_better(scores[best], scores[simple], weight[rows]):
