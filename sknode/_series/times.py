@@ -3,8 +3,8 @@
 Times are datetimes of any unit with or without a time zone, periods, durations or plain
 numbers. A clock subtracts the first time of training in integers, and only then turns
 the rest into float64: seconds, or the user's own unit if times are numbers. So
-nanoseconds within days and days within centuries keep all their digits: float64 is exact
-to a microsecond 142 years from the origin, to a nanosecond 52 days from it.
+nanoseconds within days and days within centuries keep all their digits: float64 is
+exact to a microsecond 142 years from the origin, to a nanosecond 52 days from it.
 """
 
 from __future__ import annotations
@@ -160,9 +160,7 @@ class Clock:
         ns = np.rint((time - whole) * _NANO).astype(np.int64) + self.origin_ns
         per = _PER_SECOND[self.unit]
         if (np.abs(whole + float(self.origin)) + 2 > _INT64.max / per).any():
-            raise ValueError(
-                f"Times are beyond what {self.unit!r} can hold in 64 bits."
-            )
+            raise ValueError(f"Times are beyond what 64 bits of {self.unit} hold.")
         nano_per_tick = _NANO // per
         ticks = (whole.astype(np.int64) + self.origin) * per
         ticks += (ns + nano_per_tick // 2) // nano_per_tick
@@ -239,7 +237,7 @@ def as_times(values, where):
 def is_timelike(values):
     """Tell whether these are datetimes, periods or durations, not numbers."""
     dtype = values.dtype
-    if dtype == object:
+    if dtype.kind == "O" and not isinstance(dtype, pd.PeriodDtype):
         return pd.api.types.infer_dtype(values, skipna=True) in (
             *_DATES,
             "timedelta",
