@@ -56,6 +56,8 @@ class Source:
             return frame.iloc[:, self.position]
         index = frame.index
         if self.place == "steps":
+            if index.nlevels > 1:
+                raise ValueError("X has several index levels, but had one in fit.")
             if pd.api.types.is_numeric_dtype(index.dtype) or _is_dated(index):
                 return index
             return pd.RangeIndex(len(frame))
@@ -215,12 +217,9 @@ def _as_float(column, where):
     if dtype.kind == "c":
         raise ValueError(f"Complex data not supported: {where} is {dtype}.")
     found = str(dtype)
-    if dtype.kind == "O" and dtype == object:
-        found = f"object ({pd.api.types.infer_dtype(column, skipna=True)})"
-        numeric = found[8:-1] in _NUMBERS
-    else:
-        numeric = pd.api.types.is_numeric_dtype(dtype)
-    if not numeric:
+    if found == "object":
+        found = pd.api.types.infer_dtype(column, skipna=True)
+    if found not in _NUMBERS and not pd.api.types.is_numeric_dtype(dtype):
         raise ValueError(
             f"The {where} of X is of type {found}, but must be numeric. Encode it, for "
             "example with OneHotEncoder or OrdinalEncoder, or drop it; time and series "
