@@ -1,0 +1,1 @@
+"""Time series: panels of irregular observations and the models behind them."""
