@@ -1,0 +1,319 @@
+"""The latent ODE: a recurrent encoder, a latent flow and a decoder."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sknode._network import SolverSettings
+from sknode._series.panel import Panel
+from sknode.fields import MLPField
+from sknode.fields.activations import get_activation
+from sknode.ode import SolverError
+
+__all__ = ["LatentODENetwork", "Posterior", "Series"]
+
+# Least standard deviations, of a latent state and of noise on standardised values.
+SCALE_FLOOR, NOISE_FLOOR = 1e-3, 1e-3
+# Noise that training starts from.
+FIRST_NOISE = 0.3
+
+
+@dataclass(frozen=True)
+class Series:
+    """Ragged series as padded tensors.
+
+    Attributes
+    ----------
+    time : Tensor of shape (n_series, length), float64
+        Times; the last one is repeated as padding.
+    values : Tensor of shape (n_series, length, n_channels)
+        Values, zero where there is none.
+    seen : Tensor of shape (n_series, length, n_channels), bool
+        Whether there is one.
+    covariates : Tensor of shape (n_series, length, n_covariates)
+        What is known at any time.
+    lengths : Tensor of shape (n_series,), int64
+        Rows that are no padding.
+    """
+
+    time: Tensor
+    values: Tensor
+    seen: Tensor
+    covariates: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def of(cls, panel: Panel, like: Tensor) -> Series:
+        """Make them of a panel, in the precision and on the device of a tensor."""
+        lengths = np.diff(panel.offsets)
+        longest = max(1, int(lengths.max(initial=0)))
+        index = np.minimum(np.arange(longest), np.maximum(lengths - 1, 0)[:, None])
+        index = index + panel.offsets[:-1, None]
+        real = np.arange(longest) < lengths[:, None]
+        if not len(panel.time):  # series without a row: nothing to take rows of
+            shape = (len(lengths), longest)
+            arrays = (
+                np.zeros(shape),
+                np.full((*shape, panel.values.shape[1]), np.nan),
+                np.zeros((*shape, panel.covariates.shape[1])),
+            )
+        else:
+            index = np.minimum(index, len(panel.time) - 1)
+            arrays = (panel.time[index], panel.values[index], panel.covariates[index])
+        time, values, covariates = arrays
+        seen = ~np.isnan(values) & real[..., None]
+        device = like.device
+        return cls(
+            torch.from_numpy(time).to(device, torch.float64),
+            torch.from_numpy(np.where(seen, values, 0.0)).to(like),
+            torch.from_numpy(seen).to(device),
+            torch.from_numpy(covariates).to(like),
+            torch.from_numpy(lengths.astype(np.int64)).to(device),
+        )
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, rows: Tensor) -> Series:
+        """Return some series, with no more padding than they need."""
+        lengths = self.lengths[rows]
+        end = max(1, int(lengths.max())) if len(lengths) else 1
+        return Series(
+            self.time[rows, :end],
+            self.values[rows, :end],
+            self.seen[rows, :end],
+            self.covariates[rows, :end],
+            lengths,
+        )
+
+    def hide(self, keep: Tensor) -> Series:
+        """Return them with only those values for which ``keep`` is true."""
+        seen = self.seen & keep
+        values = torch.where(seen, self.values, torch.zeros_like(self.values))
+        return Series(self.time, values, seen, self.covariates, self.lengths)
+
+    def drop_empty_rows(self) -> Series:
+        """Return them without the rows in which nothing is seen."""
+        some = self.seen.any(-1)
+        lengths = some.sum(1)
+        end = max(1, int(lengths.max())) if len(lengths) else 1
+        # rows with values first, in order; those after them repeat the last of these
+        order = torch.argsort(~some, dim=1, stable=True)[:, :end]
+        last = (lengths - 1).clamp_min(0)
+        position = torch.arange(end, device=order.device)
+        index = order.gather(1, torch.minimum(position, last[:, None]))
+
+        def take(x):
+            return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+        real = (position < lengths[:, None])[..., None]
+        return Series(
+            self.time.gather(1, index),
+            take(self.values) * real,
+            take(self.seen) & real,
+            take(self.covariates),
+            lengths,
+        )
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """What is believed about the latent states of series: diagonal Gaussians.
+
+    Attributes
+    ----------
+    start : Tensor of shape (n_series,), float64
+        The times of the states.
+    mean, scale : Tensor of shape (n_series, latent_dim)
+        Means and standard deviations.
+    """
+
+    start: Tensor
+    mean: Tensor
+    scale: Tensor
+
+    def kl(self) -> Tensor:
+        """Return the divergence from a standard normal, (n_series, latent_dim)."""
+        return 0.5 * (self.mean**2 + self.scale**2 - 1) - self.scale.log()
+
+    def states(self, noise: Tensor) -> Tensor:
+        """Return draws (n_draws, n_series, latent_dim) for standard normal noise of
+        this shape, or of one that broadcasts to it.
+        """
+        return self.mean + self.scale * noise
+
+    def __getitem__(self, rows) -> Posterior:
+        return Posterior(self.start[rows], self.mean[rows], self.scale[rows])
+
+
+class LatentODENetwork(nn.Module):
+    """Encode a series, let its latent state flow, decode it at any time.
+
+    Parameters
+    ----------
+    n_channels, n_covariates : int
+        Columns of a series.
+    latent_dim : int
+        Size of the latent state.
+    hidden_layer_sizes : sequence of int
+        Hidden layers of the vector field.
+    activation : str
+        Activation of the vector field and of the decoder.
+    rnn_hidden_size : int
+        Size of the encoder's state.
+    decoder_hidden_layer_sizes : sequence of int
+        Hidden layers of the decoder.
+
+    References
+    ----------
+    Chen, Rubanova, Bettencourt & Duvenaud, "Neural Ordinary Differential Equations",
+    NeurIPS 2018, section 5.
+    """
+
+    def __init__(
+        self,
+        n_channels: int,
+        n_covariates: int,
+        latent_dim: int,
+        hidden_layer_sizes: Sequence[int],
+        activation: str,
+        rnn_hidden_size: int,
+        decoder_hidden_layer_sizes: Sequence[int],
+    ):
+        super().__init__()
+        self.latent_dim, self.activation = latent_dim, activation
+        # values, which of them are seen, gap to the row after, time since the start
+        n_inputs = 2 * n_channels + n_covariates + 2
+        self.encoder = nn.GRU(n_inputs, rnn_hidden_size, batch_first=True)
+        self.posterior_map = nn.Linear(rnn_hidden_size, 2 * latent_dim)
+        self.field = MLPField(latent_dim, hidden_layer_sizes, activation)
+        sizes = (latent_dim + n_covariates, *decoder_hidden_layer_sizes, n_channels)
+        self.decoder = nn.ModuleList(
+            nn.Linear(a, b) for a, b in itertools.pairwise(sizes)
+        )
+        self.log_noise = nn.Parameter(torch.full((n_channels,), np.log(FIRST_NOISE)))
+
+    @property
+    def noise(self) -> Tensor:
+        """Standard deviation of the noise of each channel."""
+        return self.log_noise.exp().clamp_min(NOISE_FLOOR)
+
+    def encode(self, series: Series) -> Posterior:
+        """Return the posterior of each series, at the time of its first value.
+
+        A series without any has the prior, at the time of its first row.
+        """
+        series = series.drop_empty_rows()
+        start, lengths = series.time[:, 0], series.lengths
+        # backwards in time: the last row first, padding after the first row
+        end = series.time.shape[1]
+        position = torch.arange(end, device=lengths.device)
+        index = (lengths[:, None] - 1 - position).clamp_min(0)
+        time = series.time.gather(1, index)
+        gap = F.pad(time[:, :-1] - time[:, 1:], (1, 0))
+        parts = (series.values, series.seen.to(series.values), series.covariates)
+        inputs = torch.cat(parts, -1)
+        inputs = inputs.gather(1, index[..., None].expand(-1, -1, inputs.shape[-1]))
+        clock = torch.stack([gap, time - start[:, None]], -1).to(inputs)
+        outputs, _ = self.encoder(torch.cat([inputs, clock], -1))
+        last = (lengths - 1).clamp_min(0)
+        rows = torch.arange(len(lengths), device=lengths.device)
+        mean, raw = self.posterior_map(outputs[rows, last]).chunk(2, -1)
+        scale = F.softplus(raw) + SCALE_FLOOR
+        known = (lengths > 0)[:, None]
+        return Posterior(
+            start,
+            torch.where(known, mean, torch.zeros_like(mean)),
+            torch.where(known, scale, torch.ones_like(scale)),
+        )
+
+    def flow(
+        self, states: Tensor, start: Tensor, time: Tensor, solver: SolverSettings
+    ) -> tuple[Tensor, Tensor]:
+        """Return the latent states at the times of the series.
+
+        Parameters
+        ----------
+        states : Tensor of shape (n_draws, n_series, latent_dim)
+            Draws of the latent states at ``start``.
+        start : Tensor of shape (n_series,)
+            Their times.
+        time : Tensor of shape (n_series, length)
+            Non-decreasing times, before or after the start.
+        solver : SolverSettings
+            How to solve.
+
+        Returns
+        -------
+        z : Tensor of shape (n_draws, n_series, length, latent_dim)
+            The latent states.
+        n_f_evals : Tensor of shape (n_series,)
+            Evaluations of the vector field, on average over the draws.
+
+        Raises
+        ------
+        SolverError
+            If a solve fails.
+        """
+        n_draws, n_series, _ = states.shape
+        ahead = time >= start[:, None]
+        z, n_f_evals = self._solve(
+            states, start, time.clamp_min(start[:, None]), solver
+        )
+        if not bool(ahead.all()):
+            past = time.clamp_max(start[:, None]).flip(1)
+            before, further = self._solve(states, start, past, solver)
+            z = torch.where(ahead[..., None], z, before.flip(2))
+            n_f_evals = n_f_evals + further
+        return z, n_f_evals
+
+    def _solve(self, states, start, time, solver):
+        n_draws, n_series, _ = states.shape
+        grid = torch.cat([start[:, None], time], 1).repeat(n_draws, 1)
+        solution = solver.solve(self.field, states.flatten(0, 1), grid)
+        if not solution.success:
+            raise SolverError(solution.failure_report())
+        shape = n_draws, n_series
+        return (
+            solution.y[:, 1:].unflatten(0, shape),
+            solution.stats["n_f_evals"].view(shape).double().mean(0),
+        )
+
+    def decode(self, z: Tensor, covariates: Tensor) -> Tensor:
+        """Return the means of the channels (..., n_channels) for latent states."""
+        act = get_activation(self.activation).function
+        h = z
+        if covariates.shape[-1]:
+            covariates = covariates.expand(*z.shape[:-1], covariates.shape[-1])
+            h = torch.cat([z, covariates], -1)
+        for layer in self.decoder[:-1]:
+            h = act(layer(h))
+        return self.decoder[-1](h)
+
+    def forward(
+        self, states: Tensor, start: Tensor, series: Series, solver: SolverSettings
+    ) -> tuple[Tensor, Tensor]:
+        """Return the means at the rows of the series for draws of their states.
+
+        They have shape (n_draws, n_series, length, n_channels); see `flow`.
+        """
+        z, n_f_evals = self.flow(states, start, series.time, solver)
+        return self.decode(z, series.covariates), n_f_evals
+
+    def log_likelihood(self, means: Tensor, series: Series) -> Tensor:
+        """Return that of the values that are seen, summed over each series.
+
+        The shape is that of the means (..., n_series, length, n_channels) without the
+        last two.
+        """
+        noise = self.noise
+        terms = -0.5 * ((series.values - means) / noise) ** 2 - noise.log()
+        terms = terms - 0.5 * np.log(2 * np.pi)
+        return torch.where(series.seen, terms, torch.zeros_like(terms)).sum((-1, -2))
