@@ -318,7 +318,7 @@ def _last_level(frame, series):
 
 def _read_names(source, frame):
     """Return the names of series in one column or level, none missing."""
-    names = pd.Index(source.get(frame)).astype(object).to_numpy()
+    names = source.get(frame).astype(object).to_numpy(copy=True)
     missing = int(pd.isna(names).sum())
     if missing:
         raise ValueError(

@@ -195,10 +195,11 @@ def read_numbers(frame, positions, role, *, allow_nan):
     ValueError
         If a column is not numeric, or not finite; it is named.
     """
+    labels = frame.columns.tolist()
     out = np.empty((len(frame), len(positions)))
     for j, position in enumerate(positions):
         column = frame.iloc[:, position]
-        where = f"{role} column {frame.columns.tolist()[position]!r}"
+        where = f"{role} column {labels[position]!r}"
         out[:, j] = _as_float(column, where)
         if np.isinf(out[:, j]).any():
             raise ValueError(f"Input X contains infinity in {where}.")

@@ -206,9 +206,11 @@ def as_times(values, where):
         If a time is missing or infinite, if time zones are mixed, or if these are no
         times.
     """
-    if getattr(values, "dtype", None) == np.float16:  # which no index can have
+    dtype = getattr(values, "dtype", None)
+    if dtype == np.float16:  # which no index can have
         values = values.astype(np.float32)
-    index = pd.Index(values)
+    # pandas 2 looks for datetimes in objects, which pandas 3 no longer does
+    index = pd.Index(values, dtype=object if dtype == np.object_ else None)
     if isinstance(index.dtype, pd.CategoricalDtype):
         index = index.astype(index.categories.dtype)
     missing = int(index.isna().sum())
