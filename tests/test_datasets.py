@@ -47,7 +47,7 @@ def test_density_integrates_to_one_and_predicts_where_samples_fall(name):
 def test_quadrature_agrees_with_a_much_finer_one(name, monkeypatch):
     X = np.random.default_rng(0).uniform(-3, 3, size=(200, 2))
     coarse = log_density(name, X)
-    monkeypatch.setattr("sknode.datasets.PANEL_LENGTH", 0.5)
+    monkeypatch.setattr("sknode.datasets.density.PANEL_LENGTH", 0.5)
     np.testing.assert_allclose(coarse, log_density(name, X), rtol=1e-10)
 
 
