@@ -1,0 +1,1 @@
+"""Irregular time series: from pandas to numbers, and the models of them."""
