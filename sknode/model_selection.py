@@ -307,23 +307,30 @@ def _check_n_splits(n_splits, least):
 
 def _duration(value, dated, name, zero=False):
     """Return a duration in the units of times, which are seconds for dates."""
-    expected = "a number >= 0" if zero else "a positive number"
-    if dated and not (zero and isinstance(value, Real) and value == 0):
-        expected = "a timedelta, or a string such as '26W', where times are dates"
-        if value is None:
-            return None
-        try:
-            # a bare number would be nanoseconds
-            value = value if isinstance(value, Real) else pd.Timedelta(value)
-            value = value / pd.Timedelta(1, "s")
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{name} must be {expected}. Got {value!r}.") from error
-    if value is None:
-        return None
-    least_is_met = isinstance(value, Real) and (value >= 0 if zero else value > 0)
-    if not least_is_met or not value < np.inf:
+    if value is None or (zero and _is_number(value) and value == 0):
+        return value
+    length = _seconds(value) if dated else value
+    if not _is_number(length) or not 0 <= length < np.inf or (length == 0 and not zero):
+        expected = "a timedelta or a string such as '26W', as times are dates"
+        if not dated:
+            expected = "a number >= 0" if zero else "a positive number"
         raise ValueError(f"{name} must be {expected}. Got {value!r}.")
-    return float(value)
+    return float(length)
+
+
+def _seconds(duration):
+    """Return the seconds of what pandas makes a timedelta of, None of anything else."""
+    if _is_number(duration):  # of nanoseconds, to pandas
+        return None
+    try:
+        return pd.Timedelta(duration) / pd.Timedelta(1, "s")
+    except (TypeError, ValueError):
+        return None
+
+
+def _is_number(value):
+    # which numpy's durations are as well, by their class
+    return isinstance(value, Real) and not isinstance(value, np.timedelta64)
 
 
 def _read(X, time, series):

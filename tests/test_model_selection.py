@@ -215,6 +215,9 @@ def test_durations_come_in_many_forms(duration):
     X = pd.DataFrame({"t": KINDS["us"]})
     expected = folds(PanelTimeSeriesSplit(2, test_size="4h"), X)
     assert folds(PanelTimeSeriesSplit(2, test_size=duration), X) == expected
+    for gap in (0, "0s", pd.Timedelta(0)):
+        cv = PanelTimeSeriesSplit(2, test_size=duration, gap=gap)
+        assert folds(cv, X) == expected
 
 
 def test_series_may_have_any_kind_of_name():
@@ -302,6 +305,8 @@ NUMBERS = pd.DataFrame({"t": np.arange(10.0)})
         (PanelTimeSeriesSplit(2, test_size="x"), DATES, "test_size must be a timedel"),
         (PanelTimeSeriesSplit(2, test_size="-3D"), DATES, "test_size must be a timed"),
         (PanelTimeSeriesSplit(2, gap=1), DATES, "gap must be a timedelta"),
+        (PanelTimeSeriesSplit(2, gap="-1s"), DATES, "gap must be a timedelta"),
+        (PanelTimeSeriesSplit(2, gap=np.timedelta64(1, "s")), NUMBERS, "gap must be"),
         (PanelTimeSeriesSplit(2, test_size="3D"), NUMBERS, "test_size must be a posi"),
         (PanelTimeSeriesSplit(2, test_size=0), NUMBERS, "test_size must be a positive"),
         (PanelTimeSeriesSplit(2, gap=-1), NUMBERS, "gap must be a number >= 0"),
