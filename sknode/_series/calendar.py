@@ -19,12 +19,12 @@ def _of_month(times):
 
 
 CYCLES = {
-    "minute": lambda t: (t.minute + t.second / 60) / 60,
+    "minute": lambda t: (t.minute + (t.second + t.microsecond / 1e6) / 60) / 60,
     "hour": _of_day,
-    "dayofweek": lambda t: (t.dayofweek + _of_day(t)) / 7,
+    "dayofweek": lambda t: (t.day_of_week + _of_day(t)) / 7,
     "day": _of_month,
     "month": lambda t: (t.month - 1 + _of_month(t)) / 12,
-    "yearday": lambda t: (t.dayofyear - 1 + _of_day(t)) / (365 + t.is_leap_year),
+    "yearday": lambda t: (t.day_of_year - 1 + _of_day(t)) / (365 + t.is_leap_year),
 }
 
 

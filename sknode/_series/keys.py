@@ -90,10 +90,10 @@ class Keys:
             )
         n_levels = frame.index.nlevels if framed else 0
         levels = [x for x in (self.time, *self.series) if x.place == "level"]
-        if (levels or n_levels > 1) and n_levels != self.n_levels:
+        if levels and n_levels != self.n_levels:
             raise ValueError(
-                f"X has {n_levels} index levels, but had {self.n_levels} in fit"
-                f"{''.join(f', and {x} is needed' for x in levels[:1])}."
+                f"X has {n_levels} index levels, but had {self.n_levels} in fit, and "
+                f"{levels[0]} is needed."
             )
         return frame, framed
 
@@ -318,7 +318,7 @@ def _last_level(frame, series):
 
 def _read_names(source, frame):
     """Return the names of series in one column or level, none missing."""
-    names = pd.Index(source.get(frame)).astype(object).to_numpy()
+    names = source.get(frame).astype(object).to_numpy(copy=True)
     missing = int(pd.isna(names).sum())
     if missing:
         raise ValueError(

@@ -56,6 +56,8 @@ class Source:
             return frame.iloc[:, self.position]
         index = frame.index
         if self.place == "steps":
+            if index.nlevels > 1:
+                raise ValueError("X has several index levels, but had one in fit.")
             if pd.api.types.is_numeric_dtype(index.dtype) or _is_dated(index):
                 return index
             return pd.RangeIndex(len(frame))
@@ -193,10 +195,11 @@ def read_numbers(frame, positions, role, *, allow_nan):
     ValueError
         If a column is not numeric, or not finite; it is named.
     """
+    labels = frame.columns.tolist()
     out = np.empty((len(frame), len(positions)))
     for j, position in enumerate(positions):
         column = frame.iloc[:, position]
-        where = f"{role} column {frame.columns.tolist()[position]!r}"
+        where = f"{role} column {labels[position]!r}"
         out[:, j] = _as_float(column, where)
         if np.isinf(out[:, j]).any():
             raise ValueError(f"Input X contains infinity in {where}.")
@@ -215,12 +218,9 @@ def _as_float(column, where):
     if dtype.kind == "c":
         raise ValueError(f"Complex data not supported: {where} is {dtype}.")
     found = str(dtype)
-    if dtype.kind == "O" and dtype == object:
-        found = f"object ({pd.api.types.infer_dtype(column, skipna=True)})"
-        numeric = found[8:-1] in _NUMBERS
-    else:
-        numeric = pd.api.types.is_numeric_dtype(dtype)
-    if not numeric:
+    if found == "object":
+        found = pd.api.types.infer_dtype(column, skipna=True)
+    if found not in _NUMBERS and not pd.api.types.is_numeric_dtype(dtype):
         raise ValueError(
             f"The {where} of X is of type {found}, but must be numeric. Encode it, for "
             "example with OneHotEncoder or OrdinalEncoder, or drop it; time and series "

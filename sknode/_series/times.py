@@ -206,7 +206,11 @@ def as_times(values, where):
         If a time is missing or infinite, if time zones are mixed, or if these are no
         times.
     """
-    index = pd.Index(values)
+    dtype = getattr(values, "dtype", None)
+    if dtype == np.float16:  # which no index can have
+        values = values.astype(np.float32)
+    # pandas 2 looks for datetimes in objects, which pandas 3 no longer does
+    index = pd.Index(values, dtype=object if dtype == np.object_ else None)
     if isinstance(index.dtype, pd.CategoricalDtype):
         index = index.astype(index.categories.dtype)
     missing = int(index.isna().sum())
@@ -293,7 +297,7 @@ def _ticks(times):
         times = times.to_timestamp(how="start")
     if isinstance(times, pd.DatetimeIndex) and times.tz is not None:
         times = times.tz_convert(None)
-    return times.asi8, times.unit
+    return times.to_numpy().view(np.int64), times.unit
 
 
 def _split(ticks, unit):
@@ -304,7 +308,7 @@ def _split(ticks, unit):
 
 def _name_zone(zone, where):
     """Return the name of a time zone, from which pandas can make it again."""
-    name = str(zone)
+    name = "UTC" if str(zone) == "tzutc()" else str(zone)
     try:
         pd.Timestamp(0, tz=name)
     except Exception as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 
 from sknode._series.keys import Keys, find_series, find_time, learn_keys
 from sknode._series.table import as_table, find_columns, read_numbers
@@ -184,24 +183,22 @@ class WideLayout(Keys):
 def _fill(array, hole, filled):
     """Return a copy of a column's array with values in its holes."""
     array = array.copy()
-    kind = array.dtype.kind
-    if kind in "iub":
-        low, high = (0, 1) if kind == "b" else (-(2.0**63), 2.0**63)
-        whole = (np.rint(filled) == filled) & (filled >= low) & (filled <= high)
-        if not whole.all():
-            array = _to_floats(array)
+    if array.dtype.kind in "iub":
+        with np.errstate(invalid="ignore"):
+            whole = filled.astype(array.dtype.numpy_dtype)
+        if (whole == filled).all():
+            filled = whole
         else:
-            filled = filled.astype(array.dtype.numpy_dtype)
+            array = _to_floats(array)
     array[hole] = filled
     return array
 
 
 def _to_floats(array):
     """Return a nullable array of integers or booleans as one of floats."""
-    floats = array.astype("Float64")
-    if array.dtype.kind != "b" and (floats.astype(array.dtype) != array).any():
+    if array.dtype.kind != "b" and ((array > 2**53) | (array < -(2**53))).any():
         raise ValueError(
-            f"A column of type {array.dtype} has holes and integers beyond 2**53, which "
-            "cannot stay as they are beside filled values. Convert it to floats."
+            f"A column of type {array.dtype} has holes and integers beyond 2**53, "
+            "which cannot stay as they are beside filled values. Convert it to floats."
         )
-    return floats
+    return array.astype("Float64")
