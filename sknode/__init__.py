@@ -15,6 +15,7 @@ __all__ = [
     "__version__",
     "datasets",
     "fields",
+    "model_selection",
     "ode",
     "plotting",
     "show_versions",
@@ -33,7 +34,7 @@ _HOME = {
 def __getattr__(name):
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
-    if name in ("ode", "fields", "datasets", "plotting"):
+    if name in ("ode", "fields", "datasets", "model_selection", "plotting"):
         return import_module(f"sknode.{name}")
     raise AttributeError(f"module 'sknode' has no attribute {name!r}")
 
