@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
 from sknode._series.calendar import calendar_features, check_calendar
-from sknode._series.table import Source, as_list, as_table, find, read_numbers
+from sknode._series.table import (
+    Source,
+    as_list,
+    as_table,
+    find,
+    looks_dated,
+    read_numbers,
+)
 from sknode._series.times import Clock, is_timelike
 
-__all__ = ["Keys", "encode_series", "find_series", "find_time"]
+__all__ = ["Keys", "encode_series", "find_series", "find_time", "learn_keys"]
 
 
 @dataclass(frozen=True)
@@ -299,7 +305,7 @@ def _guess_wide(frame, series, taken, framed):
             "X has several series, but no datetimes. Name the column of times by "
             "time, or set time='index'."
         )
-    if isinstance(index[0], str) and re.match(r"\d{4}-\d\d(-\d\d|$)", index[0]):
+    if looks_dated(index[0]):
         raise ValueError(
             f"The index of X holds strings such as {index[0]!r}. Convert them with "
             "pd.to_datetime."

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import numbers
+import re
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from scipy import sparse
 
-__all__ = ["Source", "as_table", "find", "find_columns", "read_numbers"]
+__all__ = [
+    "Source",
+    "as_list",
+    "as_table",
+    "find",
+    "find_columns",
+    "looks_dated",
+    "read_numbers",
+]
 
 _NUMBERS = "integer", "floating", "mixed-integer-float", "boolean", "empty"
 
@@ -221,12 +230,21 @@ def _as_float(column, where):
     if found == "object":
         found = pd.api.types.infer_dtype(column, skipna=True)
     if found not in _NUMBERS and not pd.api.types.is_numeric_dtype(dtype):
+        advice = (
+            "Encode it, for example with OneHotEncoder or OrdinalEncoder, or drop it, "
+            "or name it by time or series if it is that."
+        )
+        if looks_dated(column.iloc[0]):
+            advice = "Convert dates with pd.to_datetime."
         raise ValueError(
-            f"The {where} of X is of type {found}, but must be numeric. Encode it, for "
-            "example with OneHotEncoder or OrdinalEncoder, or drop it; time and series "
-            "are columns or index levels that the parameters of these names name."
+            f"The {where} of X is of type {found}, but must be numeric. {advice}"
         )
     return column.to_numpy(dtype=np.float64, na_value=np.nan)
+
+
+def looks_dated(value):
+    """Tell whether a value is a string that starts like a date, such as 2024-05."""
+    return isinstance(value, str) and bool(re.match(r"\d{4}-\d\d(-\d\d|$)", value))
 
 
 def _is_position(key):

@@ -171,6 +171,17 @@ def test_series_by_position_level_index_and_list(wards):
     assert both.tolist() == [("b", 30), ("b", 30), ("a", 41), ("a", 41)]
 
 
+def test_a_dated_level_that_names_series_is_not_time():
+    # forecasts: each made on a day, for days to come
+    made, ahead = days(2)[[0, 0, 1]], days(4)[[1, 2, 3]]
+    index = pd.MultiIndex.from_arrays([made, ahead], names=["made", "for"])
+    layout, rows = learned(
+        pd.DataFrame({"x": [1.0, 2.0, 3.0]}, index=index), series="made"
+    )
+    assert layout.time_name == "for" and rows.ids.tolist() == list(made)
+    np.testing.assert_array_equal(rows.time, [0, DAY, 2 * DAY])
+
+
 def test_missing_names_of_series_raise_an_error(wards):
     wards["ward"] = ["a", None, "b", "b"]
     with pytest.raises(ValueError, match="1 missing values in column 'ward'"):

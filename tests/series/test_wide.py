@@ -330,6 +330,12 @@ def test_channels_that_are_no_numbers_raise_an_error(column):
         WideLayout.learn(X, time="index").read(X)
 
 
+def test_columns_of_dates_as_strings_are_to_be_converted():
+    X = pd.DataFrame({"day": ["2024-01-01", "2024-01-02"], "x": [1.0, NAN]})
+    with pytest.raises(ValueError, match=r"'day' .* Convert dates with pd.to_datetime"):
+        WideLayout.learn(X).read(X)
+
+
 def test_missing_times_raise_an_error():
     X = pd.DataFrame({"a": [1.0, 2.0]}, index=pd.DatetimeIndex(["2024-01-01", None]))
     with pytest.raises(ValueError, match="the index contain 1 missing"):
