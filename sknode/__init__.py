@@ -10,6 +10,8 @@ from sknode._version import __version__
 
 __all__ = [
     "CNFDensity",
+    "LatentODEImputer",
+    "LatentODERegressor",
     "ODENetClassifier",
     "ODENetRegressor",
     "__version__",
@@ -25,6 +27,8 @@ __all__ = [
 # scikit-learn, and importing the package costs next to nothing.
 _HOME = {
     "CNFDensity": "sknode.density",
+    "LatentODEImputer": "sknode.timeseries",
+    "LatentODERegressor": "sknode.timeseries",
     "ODENetClassifier": "sknode.odenet",
     "ODENetRegressor": "sknode.odenet",
     "show_versions": "sknode._show_versions",
