@@ -1,0 +1,1 @@
+"""What LatentODERegressor and LatentODEImputer are made of."""
