@@ -17,6 +17,7 @@ from sklearn.utils.validation import _check_feature_names, _check_n_features
 from sknode._base import SHARED_CONSTRAINTS, BaseODEEstimator, as_sizes
 from sknode._series.fitting import fit_series
 from sknode._series.keys import encode_series
+from sknode._series.model import Predictive
 from sknode._series.network import LatentODENetwork
 from sknode._series.neural import NeuralMean
 from sknode._series.panel import Panel
@@ -237,7 +238,7 @@ class BaseLatentODE(BaseODEEstimator):
         return self._mean_of(self._module_for_prediction(), self._seed_)
 
     def _predict_rows(self, context, codes, rows):
-        """Return mean and standard deviation (n_rows, n_channels) in the units of y."""
+        """Return what is predicted of rows, given what is known of their series."""
         n_series = context.n_series
         query, inputs, order = self._query(codes, rows, n_series)
         mean, std = np.empty(query.values.shape), np.empty(query.values.shape)
@@ -248,7 +249,7 @@ class BaseLatentODE(BaseODEEstimator):
                 network, _take(context, part), _take(query, part)
             )
         mean[order], std[order] = mean.copy(), std.copy()
-        return self._scaling.inverse(mean, inputs), std * self._scaling.scale
+        return Predictive(mean, std, inputs, self._model, self._scaling)
 
     def _sample_rows(self, context, codes, rows, n_samples, rng):
         """Return draws (n_samples, n_rows, n_channels), in the units of y."""

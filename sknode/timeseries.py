@@ -321,13 +321,15 @@ class LatentODERegressor(RegressorMixin, BaseLatentODE):
         Returns
         -------
         mean : ndarray of shape (n_samples,) or (n_samples, n_channels)
-            Predictive means.
+            Centres of the predictive distributions, their medians: the means, too,
+            where channels are not skewed.
         std : ndarray of the same shape
-            Predictive standard deviations, if asked for.
+            Predictive standard deviations, if asked for: half of the length of an
+            interval of 68 %.
         """
-        mean, std = self._predict(X)
-        mean, std = self._as_y(mean), self._as_y(std)
-        return (mean, std) if return_std else mean
+        predictive = self._predict(X)
+        mean = self._as_y(predictive.at(0.0))
+        return (mean, self._as_y(predictive.spread())) if return_std else mean
 
     def predict_interval(self, X, coverage=0.9):
         """Predict intervals that values lie in.
@@ -345,8 +347,8 @@ class LatentODERegressor(RegressorMixin, BaseLatentODE):
             The ends.
         """
         reach = _normal_reach(coverage)
-        mean, std = self._predict(X)
-        return self._as_y(mean - reach * std), self._as_y(mean + reach * std)
+        predictive = self._predict(X)
+        return tuple(self._as_y(predictive.at(z)) for z in (-reach, reach))
 
     def sample(self, X, n_samples=1, random_state=None):
         """Draw series, coherent in time, noise included.
@@ -365,7 +367,6 @@ class LatentODERegressor(RegressorMixin, BaseLatentODE):
         ndarray of shape (n_samples, n_points) or (n_samples, n_points, n_channels)
             Draws.
         """
-        check_is_fitted(self)
         _check_draws(n_samples)
         rows, codes, context = self._known(X)
         rng = _generator(random_state)
@@ -386,11 +387,11 @@ class LatentODERegressor(RegressorMixin, BaseLatentODE):
         -------
         ndarray of shape (n_samples,)
             Sum over the channels that are observed of the logarithms of their
-            densities, which are normal; 0 for a row of none.
+            densities; 0 for a row of none.
         """
-        mean, std = self._predict(X)
-        y = self._check_channels(X, y)
-        logs = -0.5 * ((y - mean) / std) ** 2 - np.log(std) - 0.5 * np.log(2 * np.pi)
+        rows, codes, context = self._known(X)
+        predictive = self._predict_rows(context, codes, rows)
+        logs = predictive.log_density(self._check_channels(X, y), rows.covariates)
         return np.nansum(logs, axis=1)
 
     def score(self, X, y, sample_weight=None):
@@ -410,7 +411,7 @@ class LatentODERegressor(RegressorMixin, BaseLatentODE):
         float
             R2, the mean over the channels that are observed.
         """
-        mean, _ = self._predict(X)
+        mean = self._predict(X).at(0.0)
         y = self._check_channels(X, y)
         weight = None if sample_weight is None else np.asarray(sample_weight)
         scores = []
@@ -460,16 +461,16 @@ class LatentODERegressor(RegressorMixin, BaseLatentODE):
         )
         local = np.repeat(np.arange(len(codes)), lengths)
         context = self._context.take(codes)
-        mean, std = self._predict_rows(context, local, rows)
-        n, n_channels = mean.shape
+        predictive = self._predict_rows(context, local, rows)
+        n, n_channels = predictive.mean.shape
         columns = {
             "series": np.repeat(rows.ids, n_channels),
             "time": self._layout.to_times(rows.time).repeat(n_channels),
             "channel": np.tile(np.asarray(self._y_names, dtype=object), n),
-            "mean": mean.ravel(),
-            "std": std.ravel(),
-            "lower": (mean - reach * std).ravel(),
-            "upper": (mean + reach * std).ravel(),
+            "mean": predictive.at(0.0).ravel(),
+            "std": predictive.spread().ravel(),
+            "lower": predictive.at(-reach).ravel(),
+            "upper": predictive.at(reach).ravel(),
         }
         if not self._layout.series:
             del columns["series"]
@@ -523,8 +524,7 @@ class LatentODERegressor(RegressorMixin, BaseLatentODE):
     # --- tables -----------------------------------------------------------------------
 
     def _predict(self, X):
-        """Return mean and standard deviation (n_samples, n_channels)."""
-        check_is_fitted(self)
+        """Return what is predicted of the rows of a table."""
         rows, codes, context = self._known(X)
         return self._predict_rows(context, codes, rows)
 
@@ -532,6 +532,7 @@ class LatentODERegressor(RegressorMixin, BaseLatentODE):
         """Return the rows of a table, the codes of their series, and what is known of
         these.
         """
+        check_is_fitted(self)
         rows = self._layout.read(self._check_table(X))
         codes, ids = encode_series(rows.ids)
         number = {name: i for i, name in enumerate(self._ids)}
@@ -934,10 +935,10 @@ class LatentODEImputer(OneToOneFeatureMixin, TransformerMixin, BaseLatentODE):
         values, deviation = rows.values.copy(), np.zeros_like(rows.values)
         if asked.any():
             query = _take_rows(rows, asked)
-            mean, std = self._predict_rows(context, codes[asked], query)
+            predictive = self._predict_rows(context, codes[asked], query)
             hole = np.isnan(values[asked])
-            values[asked] = np.where(hole, mean, values[asked])
-            deviation[asked] = np.where(hole, std, 0.0)
+            values[asked] = np.where(hole, predictive.at(0.0), values[asked])
+            deviation[asked] = np.where(hole, predictive.spread(), 0.0)
         filled = self._layout.write(X, values)
         if not return_std:
             return filled

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from sknode._series.baselines import BASELINES
-from sknode._series.covariance import fit_process
+from sknode._series.covariance import fit_process, fit_warped_process
 from sknode._series.hidden import KINDS, hide_cells
 from sknode._series.model import SeriesModel
 from sknode._series.panel import Panel
@@ -87,14 +87,17 @@ def fit_series(
     kept = panel.hide(kinds > 0)
     anchored = is_anchored(kept)
     rows_each = window_rows(kept) if anchored else None
-    candidates = []
+    candidates, warp, warped = [], None, kept
     if residual:
-        process = fit_process(kept, rng=rng)
-        candidates.append((_model(kept, process, None, rows_each, anchored), None))
+        warp, process = fit_warped_process(kept, rng=rng)
+        model = _model(kept, warp, process, None, rows_each, anchored)
+        candidates.append((model, None))
+        warped = model.forward(kept)
     if (observed.any(1).sum() >= LEAST_ROWS) or not residual:
-        windows = Windows.cut(kept, rows_each, anchored)
-        mean = train(windows.panel(kept)[0])
-        candidates.append(_complete(kept, mean, residual, rows_each, anchored, rng))
+        windows = Windows.cut(warped, rows_each, anchored)
+        mean = train(windows.panel(warped)[0])
+        settings = rows_each, anchored
+        candidates.append(_complete(warped, warp, mean, residual, settings, rng))
     if not fraction:
         model, mean = candidates[-1]
         return Fitted(model, mean)
@@ -117,24 +120,23 @@ def is_anchored(panel: Panel) -> bool:
     return bool(first.std() > 0.5 * np.median(last - first))
 
 
-def _complete(kept, mean, residual, rows_each, anchored, rng):
+def _complete(warped, warp, mean, residual, settings, rng):
     """Add to a network what its residuals follow."""
-    model = _model(kept, None, np.ones(kept.values.shape[1]), rows_each, anchored)
-    path = model.paths(mean, kept, kept)[0].mean(0)
-    rest = kept.values - path
+    ones = np.ones(warped.values.shape[1])
+    model = _model(warped, None, None, ones, *settings)
+    rest = warped.values - model.paths(mean, warped, warped)[0].mean(0)
     if residual:
-        left = Panel(kept.offsets, kept.time, rest, kept.covariates)
-        process = fit_process(left, rng=rng)
-        return _model(kept, process, None, rows_each, anchored), mean
+        process = fit_process(replace(warped, values=rest), rng=rng)
+        return _model(warped, warp, process, None, *settings), mean
     count = np.maximum(np.isfinite(rest).sum(0), 1)
     noise = np.nansum(rest**2, axis=0) / count
-    return _model(kept, None, np.maximum(noise, 1e-6), rows_each, anchored), mean
+    return _model(warped, None, None, np.maximum(noise, 1e-6), *settings), mean
 
 
-def _model(panel, process, noise, rows_each, anchored):
+def _model(panel, warp, process, noise, rows_each, anchored):
     ones = np.ones(panel.values.shape[1])
     noise = np.zeros_like(ones) if noise is None else noise
-    return SeriesModel(process, noise, ones, rows_each, anchored)
+    return SeriesModel(warp, process, noise, ones, rows_each, anchored)
 
 
 def _judge(panel, kept, kinds, candidates) -> Fitted:
@@ -144,12 +146,17 @@ def _judge(panel, kept, kinds, candidates) -> Fitted:
     query = _rows_of(kept, rows)
     truth, cells, kinds = panel.values[rows], hidden[rows], kinds[rows]
     predictions = [model.predict(mean, kept, query) for model, mean in candidates]
-    errors = [np.abs(mean - truth) for mean, _ in predictions]
+    errors = [
+        np.abs(model.inverse(mean) - truth)
+        for (model, _), (mean, _) in zip(candidates, predictions, strict=True)
+    ]
     chosen = 0
     if len(candidates) > 1 and _is_better(errors[1], errors[0], kinds):
         chosen = 1
     model, mean = candidates[chosen]
-    deviation = errors[chosen] / predictions[chosen][1]
+    centre, std = predictions[chosen]
+    warped = truth if model.warp is None else model.warp.forward(truth)
+    deviation = np.abs(warped - centre) / std
     inflation = _inflation(deviation, cells)
     scores = {"model": _by_kind(errors[chosen], kinds)}
     beaten_by = []
@@ -160,9 +167,7 @@ def _judge(panel, kept, kinds, candidates) -> Fitted:
             here = kinds == code
             if _clearly_less(error[here], errors[chosen][here]):
                 beaten_by.append((name, kind))
-    model = SeriesModel(
-        model.process, model.noise, inflation, model.rows_each, model.anchored
-    )
+    model = replace(model, inflation=inflation)
     coverage = float((deviation[cells] < Z_COVERAGE).mean())
     return Fitted(model, mean, scores, beaten_by, coverage)
 

@@ -7,21 +7,25 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sknode._series.panel import Panel
+from sknode._series.scaling import Scaling
 from sknode._series.state_space import LinearProcess
+from sknode._series.warp import Warp
 from sknode._series.windows import Windows
 
-__all__ = ["SeriesModel"]
+__all__ = ["Predictive", "SeriesModel"]
 
 
 @dataclass(frozen=True)
 class SeriesModel:
-    """``y(t) = decode(z(t)) + r(t) + noise``, in scaled units.
+    """``warp(y(t)) = decode(z(t)) + r(t) + noise``, in scaled units.
 
     ``z`` is the latent ODE and ``r`` a linear process, given ``z`` known in closed
-    form; either may be missing.
+    form; either may be missing. Panels hold values before the warp.
 
     Attributes
     ----------
+    warp : Warp or None
+        The change of units in which channels are about normal.
     process : LinearProcess or None
         What ``r`` and the noise follow; without it there is noise alone.
     noise : ndarray of shape (n_channels,)
@@ -34,17 +38,28 @@ class SeriesModel:
         Whether the time of a series starts at its first observation.
     """
 
+    warp: Warp | None
     process: LinearProcess | None
     noise: np.ndarray
     inflation: np.ndarray
     rows_each: int | None
     anchored: bool
 
+    def forward(self, panel: Panel) -> Panel:
+        """Return a panel with warped values."""
+        if self.warp is None:
+            return panel
+        return replace(panel, values=self.warp.forward(panel.values))
+
+    def inverse(self, values):
+        """Return values from warped ones."""
+        return values if self.warp is None else self.warp.inverse(values)
+
     def paths(self, mean, context: Panel, query: Panel):
         """Return paths of the network (n_draws, n_rows, n_channels), or zeros.
 
-        For the rows of the context and for those of the query, by the same draws of
-        the latent states.
+        For the rows of a context of warped values and for those of the query, by the
+        same draws of the latent states.
         """
         if mean is None:
             return [np.zeros((1, *x.values.shape)) for x in (context, query)]
@@ -61,7 +76,10 @@ class SeriesModel:
         return results
 
     def predict(self, mean, context: Panel, query: Panel):
-        """Return the predictive mean and standard deviation (n_rows, n_channels)."""
+        """Return predictive means and standard deviations (n_rows, n_channels), of
+        warped values.
+        """
+        context = self.forward(context)
         at_context, at_query = self.paths(mean, context, query)
         n_draws = len(at_query)
         if self.process is None:
@@ -81,6 +99,8 @@ class SeriesModel:
 
     def sample(self, mean, context: Panel, query: Panel, n_draws, rng):
         """Return paths (n_draws, n_rows, n_channels), coherent in time, with noise."""
+        centre = self.predict(mean, context, query)[0]
+        context = self.forward(context)
         at_context, at_query = self.paths(mean, context, query)
         drawn = rng.integers(len(at_query), size=n_draws)
         paths = np.empty((n_draws, *query.values.shape))
@@ -95,8 +115,51 @@ class SeriesModel:
                 follow = self.process.sample(rest, query, len(rows), rng)
                 paths[rows] = at_query[d] + follow
         paths += rng.normal(size=paths.shape) * np.sqrt(noise)
-        centre = self.predict(mean, context, query)[0]
-        return centre + (paths - centre) * self.inflation
+        return self.inverse(centre + (paths - centre) * self.inflation)
+
+
+@dataclass(frozen=True)
+class Predictive:
+    """What is predicted of rows: independent normal distributions of warped values.
+
+    Attributes
+    ----------
+    mean, std : ndarray of shape (n_rows, n_channels)
+        Their moments.
+    inputs : ndarray of shape (n_rows, n_covariates)
+        Scaled covariates.
+    model : SeriesModel
+        Has the warp.
+    scaling : Scaling
+        Has the units of y.
+    """
+
+    mean: np.ndarray
+    std: np.ndarray
+    inputs: np.ndarray
+    model: SeriesModel
+    scaling: Scaling
+
+    def at(self, z):
+        """Return values at so many standard deviations from the centre."""
+        scaled = self.model.inverse(self.mean + z * self.std)
+        return self.scaling.inverse(scaled, self.inputs)
+
+    def spread(self):
+        """Return half of the distance between one standard deviation on either side,
+        the standard deviation where there is no warp.
+        """
+        return (self.at(1.0) - self.at(-1.0)) / 2
+
+    def log_density(self, y, inputs):
+        """Return the log-density of values (n_rows, n_channels) in the units of y."""
+        scaled, _ = self.scaling.forward(y, inputs)
+        slope = -np.log(self.scaling.scale)
+        if self.model.warp is not None:
+            slope = slope + self.model.warp.log_slope(scaled)
+            scaled = self.model.warp.forward(scaled)
+        z = (scaled - self.mean) / self.std
+        return slope - 0.5 * (z**2 + np.log(2 * np.pi)) - np.log(self.std)
 
 
 def _stack(panel: Panel, values) -> Panel:
