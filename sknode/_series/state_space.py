@@ -1,9 +1,9 @@
 """Linear stochastic differential equations, and what observations say about them.
 
-A :class:`LinearProcess` is a vector of channels, each a linear combination of independent
-stationary Gaussian processes that have a finite state: constants, Ornstein-Uhlenbeck
-processes, once differentiable ones (Matern 3/2) and damped oscillators. Everything here
-is exact and linear in the number of observations: the Kalman filter, one cell of the
+A :class:`LinearProcess` is a vector of channels, each a linear combination of
+independent stationary Gaussian processes that have a finite state: constants,
+Ornstein-Uhlenbeck processes, once differentiable ones (Matern 3/2) and damped
+oscillators. Everything here is exact and linear in the number of observations: the Kalman filter, one cell of the
 table after the other, and the smoother of Bryson and Frazier, which inverts nothing and
 needs no process noise (G. J. Bierman, "Fixed interval smoothing with discrete
 measurements", International Journal of Control 18, 1973).
@@ -139,9 +139,9 @@ class LinearProcess:
     ``a = exp(-decay) * (cos(frequency * dt) + smooth * decay)``,
     ``b = exp(-decay) * (sign * sin(frequency * dt) + smooth * decay)``,
 
-    so that a single one is an Ornstein-Uhlenbeck process (a constant for rate 0), a pair
-    with ``smooth`` of (1, -1) a Matern 3/2 process and its scaled derivative, and a pair
-    with ``sign`` of (1, -1) a damped oscillator.
+    so that a single one is an Ornstein-Uhlenbeck process (a constant for rate 0), a
+    pair with ``smooth`` of (1, -1) a Matern 3/2 process and its scaled derivative, and
+    a pair with ``sign`` of (1, -1) a damped oscillator.
 
     Attributes
     ----------
@@ -256,15 +256,17 @@ class LinearProcess:
         draws = np.empty((n_draws, len(query.time), len(self.mean)))
         for batch in layout.batches(self._bytes_per_node(n_draws)):
             rngs = [np.random.default_rng([seed, series]) for series in batch]
-            cells = layout.cells(batch, values[:, None])
-            path = self._prior(cells.step, n_draws, rngs)
             index, column = layout.cells_of(batch)
             node = layout.cell_node[index] - layout.start[batch][column]
             channel = layout.channels[index]
+            # Before the path, as only the end of that depends on the padding.
+            counts = np.bincount(column, minlength=len(batch))
             noise = [
-                rng.standard_normal((k, n_draws))
-                for rng, k in zip(rngs, np.bincount(column, minlength=len(batch)))
+                rng.standard_normal((count, n_draws))
+                for rng, count in zip(rngs, counts, strict=True)
             ]
+            cells = layout.cells(batch, values[:, None])
+            path = self._prior(cells.step, n_draws, rngs)
             simulated = path[node, column, channel]
             scale = np.sqrt(self.noise_variance[channel])[:, None]
             simulated = simulated + scale * np.concatenate(noise)
@@ -360,15 +362,10 @@ class LinearProcess:
         n_nodes, n_batch = step.shape
         n_states = self.loadings.shape[1]
         a, b, noise, beside = self._transition(step)
-        # The root of the 2 by 2 noise of a pair: its first state has one entry, its
-        # second two.
+        # The root of the 2 by 2 noise of a pair: its second state has two entries.
         second = self.partner < np.arange(n_states)
-        first_noise = noise[..., self.partner]
-        across = np.where(
-            second & (first_noise > 0),
-            beside / np.sqrt(np.maximum(first_noise, 1e-300)),
-            0,
-        )
+        root = np.sqrt(np.maximum(noise[..., self.partner], np.finfo(float).tiny))
+        across = np.where(second, beside / root, 0.0)
         own = np.sqrt(np.maximum(noise - across**2, 0.0))
         size = (n_nodes, n_states, n_draws)
         shock = np.stack([rng.standard_normal(size) for rng in rngs], 1)
@@ -376,9 +373,8 @@ class LinearProcess:
         state = shock[0]
         for k in range(n_nodes):
             if k:
-                state = (
-                    a[k][..., None] * state + b[k][..., None] * state[:, self.partner]
-                )
+                partner = state[:, self.partner]
+                state = a[k][..., None] * state + b[k][..., None] * partner
                 state += own[k][..., None] * shock[k]
                 state += across[k][..., None] * shock[k][:, self.partner]
             path[k] = self.loadings @ state
@@ -401,7 +397,8 @@ class _Smoother:
     def __init__(self, process, cells, variance=False):
         self.process, self.cells = process, cells
         self.transition = process._transition(cells.step)
-        self.pairs = np.flatnonzero(process.partner != np.arange(len(process.rate)))
+        self.diagonal = np.arange(len(process.rate))
+        self.pairs = np.flatnonzero(process.partner != self.diagonal)
         self._filter(variance)
         self._smooth(variance)
 
@@ -422,7 +419,6 @@ class _Smoother:
         a, b, noise, beside = (part[node] for part in self.transition)
         pairs, partner = self.pairs, self.process.partner
         other = partner[pairs]
-        covariance_of = np.arange(len(partner))
         b = b[:, pairs]
         moved = a[..., None] * mean
         moved[:, pairs] += b[..., None] * mean[:, other]
@@ -438,7 +434,7 @@ class _Smoother:
         else:
             covariance *= a[:, :, None]
             covariance *= a[:, None, :]
-        covariance[:, covariance_of, covariance_of] += noise
+        covariance[:, self.diagonal, self.diagonal] += noise
 
     def _backward(self, node, gradient, information):
         """Move the adjoint state from a node to the one before, in place."""
@@ -464,7 +460,7 @@ class _Smoother:
 
     def _filter(self, variance):
         process, cells = self.process, self.cells
-        n_nodes, n_slots, n_batch, n_sides = cells.value.shape
+        n_nodes, _, n_batch, n_sides = cells.value.shape
         n_channels, n_states = process.loadings.shape
         loadings, noise = process.loadings, process.noise_variance
         self.mean = np.empty((n_nodes, n_batch, n_channels, n_sides))
