@@ -55,7 +55,8 @@ N_UPDATES = 32
 # In single precision there is no use in asking for more.
 SINGLE_TOLERANCE = 1e-5
 # Flows that amplify the errors of their solves are solved more accurately: as this many
-# rows, at this tolerance, tell; but no more than so many times.
+# rows, at this tolerance, tell; but no more than so many times. Log-densities and where
+# rows are carried are told apart: that of a mixture needs no solve, but its flow does.
 JUDGED_ROWS, JUDGED_TOLERANCE, LARGEST_AMPLIFICATION = 200, 1e-5, 1e3
 # Solves inside of training need not be more accurate than this.
 TRAINING_TOLERANCE = 1e-3
@@ -464,8 +465,10 @@ class CNFDensity(
             if trained is not None:
                 mine.load_state_dict(trained.state_dict())
         self._keep(module, maps, start, history)
-        Z, _ = start.forward(U[:JUDGED_ROWS])
-        self._amplification = self._measure_amplification(Z, given.rows[:JUDGED_ROWS])
+        # of sorted rows, those from first to last
+        some = np.unique(np.linspace(0, len(U) - 1, JUDGED_ROWS).astype(int))
+        Z, _ = start.forward(U[some])
+        self._amplification = self._measure_amplification(Z, given.rows[some])
         context.call_on_fit_task_end(
             estimator=self, X=X, y=None, reconstruction_attributes={}
         )
@@ -582,7 +585,7 @@ class CNFDensity(
     def _keep(self, module, maps, start, history):
         """Set the fitted attributes."""
         self.module_, self._maps, self._start = module.eval(), maps, start
-        self._amplification = 1.0
+        self._amplification = {"density": 1.0, "path": 1.0}
         self.widths_ = maps.grid.width
         if maps.condition.kind == "classes":
             self.classes_ = maps.condition.classes
@@ -908,20 +911,40 @@ class CNFDensity(
         return rows.reshape(paths.shape).astype(X.dtype, copy=False)
 
     def _measure_amplification(self, Z, C):
-        """Return how much larger the error of log-densities is than the tolerance.
+        """Return how much larger errors are than the tolerance: those of log-densities,
+        and those of rows that go back and forth.
 
         Errors of single steps add up, and what a flow pulls apart it pulls apart with
         its errors.
         """
+        if not get_method(self.solver).adaptive:
+            return self._amplification
         rough = copy.copy(self)  # parameters are not to be touched
         rough.set_params(rtol=JUDGED_TOLERANCE, atol=JUDGED_TOLERANCE)
-        if not get_method(self.solver).adaptive:
-            return 1.0
         logs, exact = (
             rough._by_blocks(Z, C, log_density, finer=finer) for finer in (False, True)
         )
-        error = np.sqrt(np.mean((logs - exact) ** 2)) / JUDGED_TOLERANCE
-        return float(np.clip(np.nan_to_num(error, nan=1.0), 1.0, LARGEST_AMPLIFICATION))
+        rows = [Z]
+        for forwards in (False, True, False):
+            carried = partial(carry, forwards=forwards)
+            rows.append(rough._by_blocks(rows[-1], C, carried))
+        # the inverse has to hold for all rows, also for those between clusters
+        there_and_back = [
+            np.abs(after - row).max(1) / (1 + np.abs(row).max(1))
+            for row, after in zip(rows, rows[2:], strict=False)
+        ]
+        errors = {
+            "density": np.sqrt(np.mean((logs - exact) ** 2)),
+            "path": np.max(there_and_back),
+        }
+        factors = {
+            kind: np.nan_to_num(error / JUDGED_TOLERANCE, nan=1.0)
+            for kind, error in errors.items()
+        }
+        return {
+            kind: float(np.clip(factor, 1.0, LARGEST_AMPLIFICATION))
+            for kind, factor in factors.items()
+        }
 
     def _by_blocks(self, Z, C, compute, finer=False):
         """Return results for whitened rows, given encoded targets.
@@ -933,8 +956,9 @@ class CNFDensity(
         single = module.mixture.axes.dtype == torch.float32
         dtype = torch.float32 if single else torch.float64
         settings = self._solver_settings(dtype, SINGLE_TOLERANCE if single else 0)
+        kind = "density" if compute is log_density else "path"
         settings = replace(
-            settings.tighten(self._amplification, dtype),
+            settings.tighten(self._amplification[kind], dtype),
             row_wise=not module.condition_dim,
         )
         if finer:
