@@ -718,8 +718,8 @@ class CNFDensity(
         error, inside = np.zeros(len(X)), self._maps.bounds.is_inside(X)
         if inside.any():
             Z, _ = self._whiten(X[inside])
-            logs = self._by_blocks(Z, C[inside], log_density)
-            exact = self._by_blocks(Z, C[inside], log_density, finer=True)
+            logs = self._by_blocks(Z, C[inside], log_density, "density")
+            exact = self._by_blocks(Z, C[inside], log_density, "density", finer=True)
             error[inside] = np.abs(logs - exact)
         return error
 
@@ -729,7 +729,9 @@ class CNFDensity(
         inside = self._maps.bounds.is_inside(X)
         if inside.any():
             Z, log_det = self._whiten(X[inside])
-            logs[inside] = log_det + self._by_blocks(Z, C[inside], log_density)
+            logs[inside] = log_det + self._by_blocks(
+                Z, C[inside], log_density, "density"
+            )
         return logs
 
     def _log_densities(self, X):
@@ -797,7 +799,9 @@ class CNFDensity(
         condition, n = self._maps.condition, int(n_samples)
         C = condition.encode(condition.repeat(y, n), n)
         rng = check_random_state(random_state)
-        X = self._inverse(rng.normal(size=(n, self.n_features_in_)), C)
+        noise = rng.normal(size=(n, self.n_features_in_))
+        # no one is to find the noise again: errors as of log-densities are small enough
+        X = self._inverse(noise, C, accuracy="density")
         return self._maps.grid.round(X, self._maps.bounds.low, self._maps.bounds.high)
 
     def fit_transform(self, X, y=None, **fit_params):
@@ -873,8 +877,8 @@ class CNFDensity(
             )
         return self._inverse(Z, self._maps.condition.encode(y, len(Z)))
 
-    def _inverse(self, Z, C):
-        carried = self._by_blocks(Z, C, partial(carry, forwards=True))
+    def _inverse(self, Z, C, accuracy="path"):
+        carried = self._by_blocks(Z, C, partial(carry, forwards=True), accuracy)
         rows = self._start.inverse(carried.astype(np.float64, copy=False))
         rows = self._maps.bounds.inverse(rows).astype(Z.dtype, copy=False)
         return self._maps.bounds.keep_inside(rows)
@@ -922,7 +926,8 @@ class CNFDensity(
         rough = copy.copy(self)  # parameters are not to be touched
         rough.set_params(rtol=JUDGED_TOLERANCE, atol=JUDGED_TOLERANCE)
         logs, exact = (
-            rough._by_blocks(Z, C, log_density, finer=finer) for finer in (False, True)
+            rough._by_blocks(Z, C, log_density, "density", finer=finer)
+            for finer in (False, True)
         )
         rows = [Z]
         for forwards in (False, True, False):
@@ -946,19 +951,19 @@ class CNFDensity(
             for kind, factor in factors.items()
         }
 
-    def _by_blocks(self, Z, C, compute, finer=False):
+    def _by_blocks(self, Z, C, compute, accuracy="path", finer=False):
         """Return results for whitened rows, given encoded targets.
 
-        They are computed in blocks of a size that bounds the memory; on request by
-        solves that are more accurate than the parameters ask for.
+        They are computed in blocks of a size that bounds the memory, as accurately as
+        log-densities or paths need; on request by solves that are more accurate than
+        the parameters ask for.
         """
         module = self._module_for_prediction()
         single = module.mixture.axes.dtype == torch.float32
         dtype = torch.float32 if single else torch.float64
         settings = self._solver_settings(dtype, SINGLE_TOLERANCE if single else 0)
-        kind = "density" if compute is log_density else "path"
         settings = replace(
-            settings.tighten(self._amplification[kind], dtype),
+            settings.tighten(self._amplification[accuracy], dtype),
             row_wise=not module.condition_dim,
         )
         if finer:

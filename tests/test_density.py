@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import time
 
 import joblib
 import numpy as np
@@ -18,7 +19,7 @@ from sklearn.preprocessing import StandardScaler
 
 from sknode import CNFDensity
 from sknode.datasets import make_density
-from sknode.ode import SolverWarning
+from sknode.ode import SolverWarning, kernels
 
 # short trainings are enough for what is tested here
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
@@ -183,6 +184,24 @@ def test_samples_are_seeded_and_like_the_data(fitted):
     entropy = -np.sum(np.exp(logs) * logs) * (x[1] - x[0]) ** 2
     own = fitted.score_samples(X)
     assert abs(own.mean() + entropy) < 4 * own.std() / np.sqrt(len(X))
+
+
+def test_kernels_draw_the_same_samples(fitted):
+    with kernels.reference():
+        plain = fitted.sample(100, random_state=0)
+    np.testing.assert_allclose(fitted.sample(100, random_state=0), plain, atol=1e-5)
+
+
+def test_samples_take_not_much_longer_than_their_log_densities(fitted):
+    def seconds(call):
+        start = time.process_time()
+        call()
+        return time.process_time() - start
+
+    X = fitted.sample(1024, random_state=0)
+    scoring = min(seconds(lambda: fitted.score_samples(X)) for _ in range(3))
+    sampling = min(seconds(lambda: fitted.sample(1024)) for _ in range(3))
+    assert sampling < 2 * scoring
 
 
 def test_a_tighter_tolerance_changes_little(fitted, moons):
