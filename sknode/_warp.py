@@ -193,7 +193,7 @@ class Marginals:
                 miss = value - z[active]
                 low[active] = np.where(miss < 0, x[active], low[active])
                 high[active] = np.where(miss > 0, x[active], high[active])
-                # a step as long as that, where the density is next to none, is not taken
+                # where the density is next to none a step is longer than any bracket
                 step = x[active] - miss * np.exp(np.minimum(-slope, LONGEST_STEP))
                 inside = (step > low[active]) & (step < high[active])
                 middle = (low[active] + high[active]) / 2
