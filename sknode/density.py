@@ -36,7 +36,7 @@ from sknode._density_prepare import Maps, prepare_rows
 from sknode._density_rows import hold_out
 from sknode._density_solve import carry, follow, log_density
 from sknode._density_start import Start, choose_start, is_better
-from sknode._density_training import FlowTrainer
+from sknode._density_training import FlowTrainer, check_target_density
 from sknode._mixture import GaussianMixtureModel
 from sknode._training import History
 from sknode._warp import Whitening
@@ -515,7 +515,27 @@ class CNFDensity(
                 "warm_start=True cannot go on from a fit with another value of "
                 "conditional. Use a new estimator."
             )
+        before = self._module_config
+        changed = [
+            name
+            for name, value in self._network_config().items()
+            if before[name] != value
+        ]
+        if changed:
+            raise ValueError(
+                "warm_start=True cannot go on from a fit with another value of "
+                f"{', '.join(changed)}. Use a new estimator."
+            )
         return True
+
+    def _network_config(self):
+        """Return the parameters that the networks are made by."""
+        return {
+            "dynamics": self.dynamics,
+            "hidden_layer_sizes": self._hidden_layer_sizes(),
+            "activation": self.activation,
+            "vector_field": self.vector_field,
+        }
 
     def _names(self):
         """Return the names of the columns, or their positions."""
@@ -528,12 +548,9 @@ class CNFDensity(
             "n_components": len(mixture.weights),
             "residual": residual,
             "finish": finish,
-            "dynamics": self.dynamics,
-            "hidden_layer_sizes": self._hidden_layer_sizes(),
-            "activation": self.activation,
             "condition": condition.kind,
             "condition_dim": condition.dim,
-            "vector_field": self.vector_field,
+            **self._network_config(),
         }
         module = self._new_module(self._module_config, dtype, device, seed)
         module.set_mixture(mixture)
@@ -628,7 +645,8 @@ class CNFDensity(
         """
         if not callable(log_density):
             raise TypeError(f"log_density must be callable. Got {log_density!r}.")
-        if not isinstance(n_features, Integral) or n_features < 1:
+        whole = isinstance(n_features, Integral) and not isinstance(n_features, bool)
+        if not whole or n_features < 1:
             raise ValueError(
                 f"n_features must be a positive integer. Got {n_features!r}."
             )
@@ -637,11 +655,12 @@ class CNFDensity(
                 "fit_target does not support bounds, dequantize or conditional: let "
                 "log_density be that of unlimited, continuous variables."
             )
+        device, seed = self._device(), self._seed()
+        check_target_density(log_density, n_features, device)
         self.n_features_in_ = int(n_features)
         maps = Maps.none(n_features)
         if hasattr(self, "feature_names_in_"):
             del self.feature_names_in_
-        device, seed = self._device(), self._seed()
         dtype = self._dtype(np.empty(0), device)
         mixture = GaussianMixtureModel.standard_normal(self.n_features_in_)
         zero, one = np.zeros(n_features), np.ones(n_features)

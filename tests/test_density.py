@@ -278,6 +278,16 @@ def test_warm_start_goes_on(moons):
     assert density.loss_curve_[0] < loss
 
 
+@pytest.mark.parametrize(
+    "change", [{"hidden_layer_sizes": 8}, {"dynamics": "planar"}, {"activation": "elu"}]
+)
+def test_warm_start_refuses_other_networks(moons, change):
+    density = CNFDensity(**SHORT, early_stopping=False, warm_start=True).fit(moons)
+    density.set_params(**change)
+    with pytest.raises(ValueError, match=f"another value of {next(iter(change))}"):
+        density.fit(moons)
+
+
 def test_single_precision_gives_single_precision(moons):
     density = CNFDensity(**SHORT, early_stopping=False)
     double = copy.deepcopy(density).fit(moons).score_samples(moons)
@@ -331,11 +341,26 @@ def test_fit_target_finds_a_known_density():
     [
         ((3.0, 2), TypeError, "log_density must be callable"),
         ((len, 0), ValueError, "n_features must be a positive integer"),
+        ((len, True), ValueError, "n_features must be a positive integer"),
+        ((lambda x: x, 2), ValueError, r"shape \(n,\). For n = 5 its shape is \(5, 2"),
+        ((lambda x: x.sum(), 2), ValueError, r"For n = 5 its shape is \(\)"),
+        ((lambda x: np.sum(x, axis=1), 2), ValueError, "by operations of torch"),
+        ((lambda x: x[:, 2], 2), ValueError, r"tensor of shape \(n, 2\)"),
+        ((lambda x: np.zeros(len(x)), 2), TypeError, "Got ndarray instead"),
+        ((lambda x: x.detach()[:, 0], 2), ValueError, "does not depend on the rows"),
+        ((lambda x: x[:, 0].log(), 2), ValueError, "must be finite wherever"),
     ],
 )
 def test_fit_target_names_wrong_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         CNFDensity().fit_target(*arguments)
+
+
+def test_fit_target_takes_densities_in_double_precision():
+    mean = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    density = CNFDensity((8,), max_iter=4, learning_rate_init=0.05, random_state=0)
+    density.fit_target(lambda x: -0.5 * (x - mean).square().sum(1), 2)
+    assert np.abs(density.sample(500, random_state=0).mean(0) - mean.numpy()).max() < 1
 
 
 # --- as an estimator ------------------------------------------------------------------
