@@ -19,6 +19,7 @@ The NF trains for as long as the slower of the two.
     python examples/planar_flows.py                      # some minutes, one thread
     python examples/planar_flows.py --seconds 60 --plot planar_flows.png
     python examples/planar_flows.py --iterations 10000   # and 50 times more for the NF
+    python examples/planar_flows.py --figures 5 --iterations 10000 --equal-time
 
 Times are processor times of one thread, so that other work on the machine does not
 count.
@@ -59,13 +60,16 @@ def main():
     warnings.simplefilter("ignore", ConvergenceWarning)
     # the first of all fits is slow, which is not to be anyone's time
     CNFDensity(dynamics="planar", max_iter=1).fit_target(partial(log_target, 1), 2)
-    print("Figure 4: divergence from the flow to the target, in nats")
-    figure_4 = [
-        fit_target(args, number, size)
-        for number, size in itertools.product(args.targets, args.sizes)
-    ]
-    print("\nFigure 5: divergence from the exact density to the flow, in nats")
-    figure_5 = [fit_rows(args, name) for name in ("circles", "moons")]
+    figure_4, figure_5 = [], []
+    if 4 in args.figures:
+        print("Figure 4: divergence from the flow to the target, in nats")
+        figure_4 = [
+            fit_target(args, number, size)
+            for number, size in itertools.product(args.targets, args.sizes)
+        ]
+    if 5 in args.figures:
+        print("\nFigure 5: divergence from the exact density to the flow, in nats")
+        figure_5 = [fit_rows(args, name) for name in ("circles", "moons")]
     if args.plot is not None:
         draw(args, figure_4, figure_5)
 
@@ -79,6 +83,15 @@ def parse():
         "--iterations",
         type=int,
         help="train a CNF by so many iterations and an NF by 50 times as many instead",
+    )
+    parser.add_argument(
+        "--equal-time",
+        action="store_true",
+        help="with --iterations, train an NF for as long as the CNF took",
+    )
+    parser.add_argument("--optimizer", default="muon", choices=["muon", "adam"])
+    parser.add_argument(
+        "--figures", type=int, nargs="+", default=[4, 5], choices=[4, 5]
     )
     parser.add_argument("--sizes", type=int, nargs="+", default=[2, 8, 32])
     parser.add_argument(
@@ -168,6 +181,13 @@ def log_normal(z):
     return -0.5 * z.square().sum(1) - 0.5 * z.shape[1] * math.log(2 * math.pi)
 
 
+def count_iterations(args, n_cnf):
+    """Return how many iterations an NF trains for, None where time decides."""
+    if args.iterations is None or args.equal_time:
+        return None
+    return NF_ITERATIONS * n_cnf
+
+
 def train_planar_flow(n_layers, loss, seconds, iterations, seed):
     """Train by RMSprop for a time, or if given by a number of iterations.
 
@@ -202,6 +222,7 @@ def train_cnf(fit, n_epochs, args, **parameters):
         dynamics="planar",
         batch_size=BATCH_SIZE,
         alpha=0.0,
+        optimizer=args.optimizer,
         max_iter=n_epochs,
         n_iter_no_change=n_epochs,
         random_state=args.seed,
@@ -214,10 +235,10 @@ def train_cnf(fit, n_epochs, args, **parameters):
     return estimator.set_params(rtol=1e-5, atol=1e-5), seconds
 
 
-def count_epochs(fit, n_updates, args, **parameters):
-    """Return for how many epochs, of so many updates, to train."""
+def count_epochs(fit, n_updates, args, n_networks=1, **parameters):
+    """Return for how many epochs, of so many updates, to train each network."""
     if args.iterations is not None:
-        return math.ceil(args.iterations / n_updates)
+        return math.ceil(args.iterations / n_updates / n_networks)
     # what every fit does once cancels out
     few, more = (train_cnf(fit, n, args, **parameters)[1] for n in (1, 1 + N_TRY))
     # an epoch takes longer, the more the flow has to do
@@ -251,7 +272,7 @@ def fit_target(args, number, size):
         size,
         lambda flow: divergences(flow, torch.randn(BATCH_SIZE, 2))[0].mean(),
         seconds,
-        args.iterations and NF_ITERATIONS * n_cnf,
+        count_iterations(args, n_cnf),
         args.seed,
     )
     with torch.no_grad():
@@ -272,7 +293,7 @@ def fit_rows(args, name):
 
     parameters = {"hidden_layer_sizes": FIGURE_5_UNITS, "learning_rate_init": 1e-2}
     normal = {"n_components": 1, "marginals": False, **parameters}
-    n_epochs = count_epochs(fit, n_updates, args, **normal)
+    n_epochs = count_epochs(fit, n_updates, args, n_networks=2, **normal)
     cnf, seconds = train_cnf(fit, n_epochs, args, **normal)
     mixture, seconds_mixture = train_cnf(fit, n_epochs, args, **parameters)
     n_cnf = len(cnf.loss_curve_) * n_updates
@@ -292,7 +313,7 @@ def fit_rows(args, name):
         FIGURE_5_UNITS,
         loss,
         max(seconds, seconds_mixture),
-        args.iterations and NF_ITERATIONS * n_cnf,
+        count_iterations(args, n_cnf),
         args.seed,
     )
 
@@ -331,10 +352,12 @@ def draw(args, figure_4, figure_5):
 
     n_sizes = len(args.sizes)
     n_columns = max(5, 1 + 2 * n_sizes)
+    n_targets = len(figure_4) // n_sizes
+    n_rows = n_targets + len(figure_5)
     figure, axes = plt.subplots(
-        len(args.targets) + len(figure_5),
+        n_rows,
         n_columns,
-        figsize=(1.5 * n_columns, 1.6 * (len(args.targets) + len(figure_5))),
+        figsize=(1.5 * n_columns, 1.6 * n_rows),
         layout="constrained",
         squeeze=False,
     )
@@ -349,7 +372,7 @@ def draw(args, figure_4, figure_5):
             ax.hist2d(*x.T, **box)
             ax.set_title(f"{kind} {size}: {divergence:.3f}", fontsize=8)
     for row, (name, results, X, cnf, score_samples) in zip(
-        axes[len(args.targets) :], figure_5, strict=True
+        axes[n_targets:], figure_5, strict=True
     ):
         DensityDisplay.from_estimator(
             cnf, X[:1000], n_times=n_columns - 2, ax=row[1:-1], plot_method="pcolormesh"

@@ -82,6 +82,9 @@ def check_target(y, n):
         raise ValueError(
             "A conditional density requires y to be passed, but the target y is None."
         )
+    # pandas has a missing value that NumPy cannot compare
+    if hasattr(y, "isna") and np.any(y.isna()):
+        raise ValueError("Input y contains NaN.")
     y = check_array(y, ensure_2d=False, dtype=None, input_name="y")
     check_consistent_length(np.empty(n), y)
     return y

@@ -208,7 +208,8 @@ class StartingAtZero(nn.Module):
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
         """Evaluate at times (a scalar or (n, 1)) and states (n, dim)."""
-        return self.gain * self.field(t, y)
+        # fields of one's own are promised a time a row
+        return self.gain * self.field(t.expand(len(y), 1), y)
 
 
 class FlowWithEnergy(nn.Module):

@@ -24,7 +24,7 @@ from sknode._training import Average, History, Recipe, make_optimizer, train
 from sknode._warning import stacklevel_of_caller
 from sknode.ode import SolverError
 
-__all__ = ["FlowTrainer"]
+__all__ = ["FlowTrainer", "check_target_density"]
 
 # Rows are evaluated in blocks of so many.
 CHUNK_ROWS = 4096
@@ -141,7 +141,13 @@ class FlowTrainer:
             z = torch.randn(rows.shape, generator=self.generator).to(rows)
             solution, penalty = self._solve(flow, z, times)
             x, change = solution.y[:, -1, : flow.dim], solution.y[:, -1, flow.dim]
-            losses = flow.log_mixture(x) + change - log_density(x) + penalty
+            logs = log_density(x)
+            if not torch.isfinite(logs).all():
+                raise ValueError(
+                    "log_density must be finite wherever the flow gets to, also where "
+                    "there is next to no mass. Got NaN or infinite values."
+                )
+            losses = flow.log_mixture(x) + change - logs.to(x) + penalty
             return losses, solution.stats["n_f_evals"]
 
         rows = torch.zeros(TARGET_ROWS, flow.dim, device=flow.mixture.axes.device)
@@ -280,3 +286,38 @@ def _undo_finish(flow, data) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         parts = [flow.given(c).undo_finish(x, grid) for x, c in pairs]
     rows, changes = (torch.cat(x) for x in zip(*parts, strict=True))
     return rows, conditions, weight, log_det - changes.cpu().double()
+
+
+def check_target_density(log_density, n_features, device) -> None:
+    """Raise an error unless a function maps rows to log-densities that can be learned.
+
+    Parameters
+    ----------
+    log_density : callable
+        What `CNFDensity.fit_target` was given.
+    n_features : int
+        Number of columns.
+    device : torch.device
+        Where it will be evaluated.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(5, n_features, generator=generator).to(device).requires_grad_()
+    what = f"log_density must map a torch tensor of shape (n, {n_features}) to one of"
+    try:
+        with torch.enable_grad():
+            logs = log_density(rows)
+    except (RuntimeError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"{what} shape (n,), by operations of torch. That failed: {error}"
+        ) from error
+    if not isinstance(logs, Tensor):
+        raise TypeError(f"{what} shape (n,). Got {type(logs).__name__} instead.")
+    if logs.shape != rows.shape[:1]:
+        raise ValueError(
+            f"{what} shape (n,). For n = {len(rows)} its shape is {tuple(logs.shape)}."
+        )
+    if not logs.requires_grad:
+        raise ValueError(
+            f"{what} shape (n,) by operations that torch can differentiate. What it "
+            "returns does not depend on the rows, as far as torch can see."
+        )

@@ -135,7 +135,8 @@ class MuonAndAdam:
         """Follow the gradients."""
         (group,) = self.parts[0].param_groups
         if group["penalty"]:
-            for p in group["params"]:
+            used = (p for p in group["params"] if p.grad is not None)
+            for p in used:
                 p.grad.add_(p.detach(), alpha=group["penalty"])
         for part in self.parts:
             part.step()

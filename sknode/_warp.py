@@ -18,6 +18,8 @@ LOG_ROOT_2PI = 0.5 * math.log(2 * math.pi)
 # Eigenvalues of a correlation matrix below the first mean columns that determine each
 # other; they are raised to the second.
 COLLINEAR, FLOOR = 1e-10, 1e-6
+# Logarithm of the longest step of Newton's method, short of an overflow.
+LONGEST_STEP = 600.0
 
 
 def kish(weight) -> float:
@@ -191,7 +193,8 @@ class Marginals:
                 miss = value - z[active]
                 low[active] = np.where(miss < 0, x[active], low[active])
                 high[active] = np.where(miss > 0, x[active], high[active])
-                step = x[active] - miss * np.exp(-slope)
+                # where the density is next to none a step is longer than any bracket
+                step = x[active] - miss * np.exp(np.minimum(-slope, LONGEST_STEP))
                 inside = (step > low[active]) & (step < high[active])
                 middle = (low[active] + high[active]) / 2
                 moved = np.where(inside, step, middle)

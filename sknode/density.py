@@ -36,7 +36,7 @@ from sknode._density_prepare import Maps, prepare_rows
 from sknode._density_rows import hold_out
 from sknode._density_solve import carry, follow, log_density
 from sknode._density_start import Start, choose_start, is_better
-from sknode._density_training import FlowTrainer
+from sknode._density_training import FlowTrainer, check_target_density
 from sknode._mixture import GaussianMixtureModel
 from sknode._training import History
 from sknode._warp import Whitening
@@ -55,7 +55,8 @@ N_UPDATES = 32
 # In single precision there is no use in asking for more.
 SINGLE_TOLERANCE = 1e-5
 # Flows that amplify the errors of their solves are solved more accurately: as this many
-# rows, at this tolerance, tell; but no more than so many times.
+# rows, at this tolerance, tell; but no more than so many times. Log-densities and where
+# rows are carried are told apart: that of a mixture needs no solve, but its flow does.
 JUDGED_ROWS, JUDGED_TOLERANCE, LARGEST_AMPLIFICATION = 200, 1e-5, 1e3
 # Solves inside of training need not be more accurate than this.
 TRAINING_TOLERANCE = 1e-3
@@ -464,8 +465,10 @@ class CNFDensity(
             if trained is not None:
                 mine.load_state_dict(trained.state_dict())
         self._keep(module, maps, start, history)
-        Z, _ = start.forward(U[:JUDGED_ROWS])
-        self._amplification = self._measure_amplification(Z, given.rows[:JUDGED_ROWS])
+        # of sorted rows, those from first to last
+        some = np.unique(np.linspace(0, len(U) - 1, JUDGED_ROWS).astype(int))
+        Z, _ = start.forward(U[some])
+        self._amplification = self._measure_amplification(Z, given.rows[some])
         context.call_on_fit_task_end(
             estimator=self, X=X, y=None, reconstruction_attributes={}
         )
@@ -512,7 +515,27 @@ class CNFDensity(
                 "warm_start=True cannot go on from a fit with another value of "
                 "conditional. Use a new estimator."
             )
+        before = self._module_config
+        changed = [
+            name
+            for name, value in self._network_config().items()
+            if before[name] != value
+        ]
+        if changed:
+            raise ValueError(
+                "warm_start=True cannot go on from a fit with another value of "
+                f"{', '.join(changed)}. Use a new estimator."
+            )
         return True
+
+    def _network_config(self):
+        """Return the parameters that the networks are made by."""
+        return {
+            "dynamics": self.dynamics,
+            "hidden_layer_sizes": self._hidden_layer_sizes(),
+            "activation": self.activation,
+            "vector_field": self.vector_field,
+        }
 
     def _names(self):
         """Return the names of the columns, or their positions."""
@@ -525,12 +548,9 @@ class CNFDensity(
             "n_components": len(mixture.weights),
             "residual": residual,
             "finish": finish,
-            "dynamics": self.dynamics,
-            "hidden_layer_sizes": self._hidden_layer_sizes(),
-            "activation": self.activation,
             "condition": condition.kind,
             "condition_dim": condition.dim,
-            "vector_field": self.vector_field,
+            **self._network_config(),
         }
         module = self._new_module(self._module_config, dtype, device, seed)
         module.set_mixture(mixture)
@@ -582,7 +602,7 @@ class CNFDensity(
     def _keep(self, module, maps, start, history):
         """Set the fitted attributes."""
         self.module_, self._maps, self._start = module.eval(), maps, start
-        self._amplification = 1.0
+        self._amplification = {"density": 1.0, "path": 1.0}
         self.widths_ = maps.grid.width
         if maps.condition.kind == "classes":
             self.classes_ = maps.condition.classes
@@ -625,7 +645,8 @@ class CNFDensity(
         """
         if not callable(log_density):
             raise TypeError(f"log_density must be callable. Got {log_density!r}.")
-        if not isinstance(n_features, Integral) or n_features < 1:
+        whole = isinstance(n_features, Integral) and not isinstance(n_features, bool)
+        if not whole or n_features < 1:
             raise ValueError(
                 f"n_features must be a positive integer. Got {n_features!r}."
             )
@@ -634,11 +655,12 @@ class CNFDensity(
                 "fit_target does not support bounds, dequantize or conditional: let "
                 "log_density be that of unlimited, continuous variables."
             )
+        device, seed = self._device(), self._seed()
+        check_target_density(log_density, n_features, device)
         self.n_features_in_ = int(n_features)
         maps = Maps.none(n_features)
         if hasattr(self, "feature_names_in_"):
             del self.feature_names_in_
-        device, seed = self._device(), self._seed()
         dtype = self._dtype(np.empty(0), device)
         mixture = GaussianMixtureModel.standard_normal(self.n_features_in_)
         zero, one = np.zeros(n_features), np.ones(n_features)
@@ -715,8 +737,8 @@ class CNFDensity(
         error, inside = np.zeros(len(X)), self._maps.bounds.is_inside(X)
         if inside.any():
             Z, _ = self._whiten(X[inside])
-            logs = self._by_blocks(Z, C[inside], log_density)
-            exact = self._by_blocks(Z, C[inside], log_density, finer=True)
+            logs = self._by_blocks(Z, C[inside], log_density, "density")
+            exact = self._by_blocks(Z, C[inside], log_density, "density", finer=True)
             error[inside] = np.abs(logs - exact)
         return error
 
@@ -726,7 +748,9 @@ class CNFDensity(
         inside = self._maps.bounds.is_inside(X)
         if inside.any():
             Z, log_det = self._whiten(X[inside])
-            logs[inside] = log_det + self._by_blocks(Z, C[inside], log_density)
+            logs[inside] = log_det + self._by_blocks(
+                Z, C[inside], log_density, "density"
+            )
         return logs
 
     def _log_densities(self, X):
@@ -794,7 +818,9 @@ class CNFDensity(
         condition, n = self._maps.condition, int(n_samples)
         C = condition.encode(condition.repeat(y, n), n)
         rng = check_random_state(random_state)
-        X = self._inverse(rng.normal(size=(n, self.n_features_in_)), C)
+        noise = rng.normal(size=(n, self.n_features_in_))
+        # no one is to find the noise again: errors as of log-densities are small enough
+        X = self._inverse(noise, C, accuracy="density")
         return self._maps.grid.round(X, self._maps.bounds.low, self._maps.bounds.high)
 
     def fit_transform(self, X, y=None, **fit_params):
@@ -870,8 +896,8 @@ class CNFDensity(
             )
         return self._inverse(Z, self._maps.condition.encode(y, len(Z)))
 
-    def _inverse(self, Z, C):
-        carried = self._by_blocks(Z, C, partial(carry, forwards=True))
+    def _inverse(self, Z, C, accuracy="path"):
+        carried = self._by_blocks(Z, C, partial(carry, forwards=True), accuracy)
         rows = self._start.inverse(carried.astype(np.float64, copy=False))
         rows = self._maps.bounds.inverse(rows).astype(Z.dtype, copy=False)
         return self._maps.bounds.keep_inside(rows)
@@ -908,33 +934,55 @@ class CNFDensity(
         return rows.reshape(paths.shape).astype(X.dtype, copy=False)
 
     def _measure_amplification(self, Z, C):
-        """Return how much larger the error of log-densities is than the tolerance.
+        """Return how much larger errors are than the tolerance: those of log-densities,
+        and those of rows that go back and forth.
 
         Errors of single steps add up, and what a flow pulls apart it pulls apart with
         its errors.
         """
+        if not get_method(self.solver).adaptive:
+            return self._amplification
         rough = copy.copy(self)  # parameters are not to be touched
         rough.set_params(rtol=JUDGED_TOLERANCE, atol=JUDGED_TOLERANCE)
-        if not get_method(self.solver).adaptive:
-            return 1.0
         logs, exact = (
-            rough._by_blocks(Z, C, log_density, finer=finer) for finer in (False, True)
+            rough._by_blocks(Z, C, log_density, "density", finer=finer)
+            for finer in (False, True)
         )
-        error = np.sqrt(np.mean((logs - exact) ** 2)) / JUDGED_TOLERANCE
-        return float(np.clip(np.nan_to_num(error, nan=1.0), 1.0, LARGEST_AMPLIFICATION))
+        rows = [Z]
+        for forwards in (False, True, False):
+            carried = partial(carry, forwards=forwards)
+            rows.append(rough._by_blocks(rows[-1], C, carried))
+        # the inverse has to hold for all rows, also for those between clusters
+        there_and_back = [
+            np.abs(after - row).max(1) / (1 + np.abs(row).max(1))
+            for row, after in zip(rows, rows[2:], strict=False)
+        ]
+        errors = {
+            "density": np.sqrt(np.mean((logs - exact) ** 2)),
+            "path": np.max(there_and_back),
+        }
+        factors = {
+            kind: np.nan_to_num(error / JUDGED_TOLERANCE, nan=1.0)
+            for kind, error in errors.items()
+        }
+        return {
+            kind: float(np.clip(factor, 1.0, LARGEST_AMPLIFICATION))
+            for kind, factor in factors.items()
+        }
 
-    def _by_blocks(self, Z, C, compute, finer=False):
+    def _by_blocks(self, Z, C, compute, accuracy="path", finer=False):
         """Return results for whitened rows, given encoded targets.
 
-        They are computed in blocks of a size that bounds the memory; on request by
-        solves that are more accurate than the parameters ask for.
+        They are computed in blocks of a size that bounds the memory, as accurately as
+        log-densities or paths need; on request by solves that are more accurate than
+        the parameters ask for.
         """
         module = self._module_for_prediction()
         single = module.mixture.axes.dtype == torch.float32
         dtype = torch.float32 if single else torch.float64
         settings = self._solver_settings(dtype, SINGLE_TOLERANCE if single else 0)
         settings = replace(
-            settings.tighten(self._amplification, dtype),
+            settings.tighten(self._amplification[accuracy], dtype),
             row_wise=not module.condition_dim,
         )
         if finer:

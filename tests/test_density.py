@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import time
 
 import joblib
 import numpy as np
@@ -17,8 +18,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from sknode import CNFDensity
+from sknode._warp import Marginals
 from sknode.datasets import make_density
-from sknode.ode import SolverWarning
+from sknode.ode import SolverWarning, kernels
 
 # short trainings are enough for what is tested here
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
@@ -152,6 +154,28 @@ def test_inverse_undoes_the_transform(fitted, moons):
     np.testing.assert_allclose(fitted.inverse_transform(Z), moons, atol=1e-5)
 
 
+def test_maps_of_columns_with_gaps_are_inverted_without_overflow():
+    # between its parts the density of the column is smaller than any number
+    scale = np.repeat([1.0, 1e4], [190, 9])[:, None]
+    x = np.random.default_rng(0).normal(size=(199, 1)) * scale
+    warp = Marginals.fit(x, np.ones(199), 8, np.random.RandomState(0))
+    z = np.linspace(-5, 5, 2000)[:, None]
+    np.testing.assert_allclose(warp.forward(warp.inverse(z))[0], z, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["moons", "rings"])
+def test_inverse_undoes_the_transform_of_a_mixture(name):
+    # its log-density needs no solve, and says nothing about the errors of its flow
+    X, _ = make_density(name, 600, random_state=0)
+    density = CNFDensity(max_iter=2, random_state=0).fit(X)
+    assert density.module_.residual is None
+    assert density.module_.finish is None
+    assert density.n_components_ > 1
+    for rows in (X, density.sample(2000, random_state=0)):
+        back = density.inverse_transform(density.transform(rows))
+        np.testing.assert_allclose(back, rows, atol=1e-5)
+
+
 def test_transform_makes_data_normal(moons):
     Z = CNFDensity(random_state=0, max_iter=5).fit(moons).transform(moons)
     for column in Z.T:
@@ -170,6 +194,24 @@ def test_samples_are_seeded_and_like_the_data(fitted):
     entropy = -np.sum(np.exp(logs) * logs) * (x[1] - x[0]) ** 2
     own = fitted.score_samples(X)
     assert abs(own.mean() + entropy) < 4 * own.std() / np.sqrt(len(X))
+
+
+def test_kernels_draw_the_same_samples(fitted):
+    with kernels.reference():
+        plain = fitted.sample(100, random_state=0)
+    np.testing.assert_allclose(fitted.sample(100, random_state=0), plain, atol=1e-5)
+
+
+def test_samples_take_not_much_longer_than_their_log_densities(fitted):
+    def seconds(call):
+        start = time.process_time()
+        call()
+        return time.process_time() - start
+
+    X = fitted.sample(1024, random_state=0)
+    scoring = min(seconds(lambda: fitted.score_samples(X)) for _ in range(3))
+    sampling = min(seconds(lambda: fitted.sample(1024)) for _ in range(3))
+    assert sampling < 2 * scoring
 
 
 def test_a_tighter_tolerance_changes_little(fitted, moons):
@@ -236,6 +278,16 @@ def test_warm_start_goes_on(moons):
     assert density.loss_curve_[0] < loss
 
 
+@pytest.mark.parametrize(
+    "change", [{"hidden_layer_sizes": 8}, {"dynamics": "planar"}, {"activation": "elu"}]
+)
+def test_warm_start_refuses_other_networks(moons, change):
+    density = CNFDensity(**SHORT, early_stopping=False, warm_start=True).fit(moons)
+    density.set_params(**change)
+    with pytest.raises(ValueError, match=f"another value of {next(iter(change))}"):
+        density.fit(moons)
+
+
 def test_single_precision_gives_single_precision(moons):
     density = CNFDensity(**SHORT, early_stopping=False)
     double = copy.deepcopy(density).fit(moons).score_samples(moons)
@@ -289,11 +341,26 @@ def test_fit_target_finds_a_known_density():
     [
         ((3.0, 2), TypeError, "log_density must be callable"),
         ((len, 0), ValueError, "n_features must be a positive integer"),
+        ((len, True), ValueError, "n_features must be a positive integer"),
+        ((lambda x: x, 2), ValueError, r"shape \(n,\). For n = 5 its shape is \(5, 2"),
+        ((lambda x: x.sum(), 2), ValueError, r"For n = 5 its shape is \(\)"),
+        ((lambda x: np.sum(x, axis=1), 2), ValueError, "by operations of torch"),
+        ((lambda x: x[:, 2], 2), ValueError, r"tensor of shape \(n, 2\)"),
+        ((lambda x: np.zeros(len(x)), 2), TypeError, "Got ndarray instead"),
+        ((lambda x: x.detach()[:, 0], 2), ValueError, "does not depend on the rows"),
+        ((lambda x: x[:, 0].log(), 2), ValueError, "must be finite wherever"),
     ],
 )
 def test_fit_target_names_wrong_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         CNFDensity().fit_target(*arguments)
+
+
+def test_fit_target_takes_densities_in_double_precision():
+    mean = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    density = CNFDensity((8,), max_iter=4, learning_rate_init=0.05, random_state=0)
+    density.fit_target(lambda x: -0.5 * (x - mean).square().sum(1), 2)
+    assert np.abs(density.sample(500, random_state=0).mean(0) - mean.numpy()).max() < 1
 
 
 # --- as an estimator ------------------------------------------------------------------

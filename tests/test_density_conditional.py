@@ -422,6 +422,7 @@ def test_frames_and_series_are_accepted(of_classes):
         (None, "requires y to be passed"),
         ([0.5] * 299, "inconsistent numbers of samples"),
         ([0.5] * 299 + [np.nan], "Input y contains NaN"),
+        (pd.Series(["a", pd.NA, "b"] * 100, dtype="string"), "Input y contains NaN"),
         (np.full(300, 0.5), "y has constant columns: 0"),
         (np.eye(300, 3, dtype=int), "multilabel-indicator target"),
     ],

@@ -33,9 +33,10 @@ class Swirl(nn.Module):
         super().__init__()
         (dim,) = shape
         self.inner, self.outer = nn.Linear(dim + 1, 16), nn.Linear(16, dim)
+        self.unused = nn.Linear(dim, dim)
 
     def forward(self, t, y):
-        t = t.expand(len(y), 1) if t.ndim else t.repeat(len(y), 1)
+        # times are a column, as promised, so that they can be stacked
         return self.outer(torch.tanh(self.inner(torch.cat([y, t], 1))))
 
 

@@ -91,6 +91,22 @@ def test_section_4_of_the_paper_compares_planar_flows(monkeypatch, capsys, tmp_p
     assert picture.stat().st_size > 10_000
 
 
+def test_section_4_of_the_paper_compares_by_iterations_at_equal_time(
+    monkeypatch, capsys
+):
+    run(
+        monkeypatch,
+        "planar_flows.py",
+        *("--figures", "5", "--iterations", "8", "--equal-time", "--rows", "300"),
+        *("--optimizer", "adam"),
+    )
+    printed = capsys.readouterr().out
+    assert "target" not in printed
+    # four of each network of two, in epochs of two
+    found = re.findall(r"iterations +(\d+) and +([\d,]+)", printed)
+    assert [n for n, _ in found] == ["8", "8"]
+
+
 def test_planar_layers_of_section_4_are_invertible_and_know_their_volume():
     names = runpy.run_path(str(EXAMPLES / "planar_flows.py"))
     torch.manual_seed(0)
