@@ -492,7 +492,7 @@ class LatentODERegressor(RegressorMixin, BaseLatentODE):
         dates = clock.kind.startswith("datetimes")
         if freq is None and dates and len(time) > 2:
             # months and the like are no constant steps
-            freq = pd.infer_freq(clock.write(time).round("us"))
+            freq = pd.DatetimeIndex(clock.write(time).round("us"), freq="infer").freq
         if freq is None:
             step = float(np.median(np.diff(time)))
         elif not dates and clock.kind != "timedeltas":

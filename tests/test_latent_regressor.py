@@ -132,16 +132,34 @@ def test_missing_context_column_is_named():
         regressor.predict(X.assign(u=np.nan))
 
 
-def test_intervals_and_densities_are_those_of_the_standard_deviations():
-    X, y = panel()
+def test_intervals_and_standard_deviations_are_of_the_same_distribution():
+    X, _ = panel()
     mean, std = fitted().predict(X, return_std=True)
-    lower, upper = fitted().predict_interval(X, coverage=0.9)
-    np.testing.assert_allclose(lower, mean - 1.6448536269514722 * std)
-    np.testing.assert_allclose(upper, mean + 1.6448536269514722 * std)
-    logs = fitted().score_samples(X, y)
-    z = (y - mean) / std
-    expected = (-0.5 * z**2 - np.log(std) - 0.5 * np.log(2 * np.pi)).sum(axis=1)
-    np.testing.assert_allclose(logs, expected)
+    lower, upper = fitted().predict_interval(X, coverage=0.6826894921370859)
+    np.testing.assert_allclose((upper - lower) / 2, std)
+    assert ((lower < mean) & (mean < upper)).all()
+
+
+def test_densities_integrate_to_one():
+    at = pd.DataFrame({"series": "s0", "time": np.full(4001, 12.0)})
+    grid = np.linspace(-8, 10, 4001)
+    for channel in (0, 1):
+        y = np.full((4001, 2), np.nan)
+        y[:, channel] = grid
+        mass = np.trapezoid(np.exp(fitted().score_samples(at, y)), grid)
+        assert abs(mass - 1) < 1e-3
+
+
+def test_density_of_a_row_is_the_sum_over_its_channels():
+    X, y = panel()
+    y = y.to_numpy()
+    parts = [
+        fitted().score_samples(X, np.where(np.arange(2) == c, y, np.nan))
+        for c in (0, 1)
+    ]
+    np.testing.assert_allclose(fitted().score_samples(X, y), sum(parts))
+    nothing = np.isnan(y).all(axis=1)
+    assert (fitted().score_samples(X, y)[nothing] == 0).all()
 
 
 def test_intervals_cover_what_they_say_of_values_left_out():
