@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from sknode._network import SolverSettings
 from sknode._series.panel import Panel
+from sknode._series.recurrent import last_state
 from sknode.fields import MLPField
 from sknode.fields.activations import get_activation
 from sknode.ode import SolverError
@@ -191,7 +192,7 @@ class LatentODENetwork(nn.Module):
         self.latent_dim, self.activation = latent_dim, activation
         # values, which of them are seen, gap to the row after, time since the start
         n_inputs = 2 * n_channels + n_covariates + 2
-        self.encoder = nn.GRU(n_inputs, rnn_hidden_size, batch_first=True)
+        self.encoder = nn.GRUCell(n_inputs, rnn_hidden_size)
         self.posterior_map = nn.Linear(rnn_hidden_size, 2 * latent_dim)
         self.field = MLPField(latent_dim, hidden_layer_sizes, activation)
         sizes = (latent_dim + n_covariates, *decoder_hidden_layer_sizes, n_channels)
@@ -199,6 +200,8 @@ class LatentODENetwork(nn.Module):
             nn.Linear(a, b) for a, b in itertools.pairwise(sizes)
         )
         self.log_noise = nn.Parameter(torch.full((n_channels,), np.log(FIRST_NOISE)))
+
+        self.log_hidden = nn.Parameter(torch.full((n_channels,), np.log(FIRST_NOISE)))
 
     @property
     def noise(self) -> Tensor:
@@ -212,20 +215,17 @@ class LatentODENetwork(nn.Module):
         """
         series = series.drop_empty_rows()
         start, lengths = series.time[:, 0], series.lengths
-        # backwards in time: the last row first, padding after the first row
-        end = series.time.shape[1]
-        position = torch.arange(end, device=lengths.device)
-        index = (lengths[:, None] - 1 - position).clamp_min(0)
-        time = series.time.gather(1, index)
-        gap = F.pad(time[:, :-1] - time[:, 1:], (1, 0))
-        parts = (series.values, series.seen.to(series.values), series.covariates)
-        inputs = torch.cat(parts, -1)
-        inputs = inputs.gather(1, index[..., None].expand(-1, -1, inputs.shape[-1]))
-        clock = torch.stack([gap, time - start[:, None]], -1).to(inputs)
-        outputs, _ = self.encoder(torch.cat([inputs, clock], -1))
-        last = (lengths - 1).clamp_min(0)
-        rows = torch.arange(len(lengths), device=lengths.device)
-        mean, raw = self.posterior_map(outputs[rows, last]).chunk(2, -1)
+        # backwards in time, padding first
+        gap = F.pad(series.time[:, 1:] - series.time[:, :-1], (0, 1))
+        clock = torch.stack([gap, series.time - start[:, None]], -1)
+        parts = series.values, series.seen, series.covariates, clock
+        inputs = torch.cat([x.to(series.values) for x in parts], -1)
+        position = torch.arange(inputs.shape[1], device=lengths.device)
+        real = position < lengths[:, None]
+        hidden = last_state(
+            self.encoder, inputs.transpose(0, 1).flip(0), real.t().flip(0)
+        )
+        mean, raw = self.posterior_map(hidden).chunk(2, -1)
         scale = F.softplus(raw) + SCALE_FLOOR
         known = (lengths > 0)[:, None]
         return Posterior(
@@ -262,13 +262,11 @@ class LatentODENetwork(nn.Module):
         SolverError
             If a solve fails.
         """
-        n_draws, n_series, _ = states.shape
-        ahead = time >= start[:, None]
-        z, n_f_evals = self._solve(
-            states, start, time.clamp_min(start[:, None]), solver
-        )
+        first = start[:, None]
+        ahead = time >= first
+        z, n_f_evals = self._solve(states, start, time.clamp_min(first), solver)
         if not bool(ahead.all()):
-            past = time.clamp_max(start[:, None]).flip(1)
+            past = time.clamp_max(first).flip(1)
             before, further = self._solve(states, start, past, solver)
             z = torch.where(ahead[..., None], z, before.flip(2))
             n_f_evals = n_f_evals + further
@@ -307,13 +305,15 @@ class LatentODENetwork(nn.Module):
         z, n_f_evals = self.flow(states, start, series.time, solver)
         return self.decode(z, series.covariates), n_f_evals
 
-    def log_likelihood(self, means: Tensor, series: Series) -> Tensor:
+    def log_likelihood(self, means: Tensor, series: Series, hidden=None) -> Tensor:
         """Return that of the values that are seen, summed over each series.
 
         The shape is that of the means (..., n_series, length, n_channels) without the
         last two.
         """
         noise = self.noise
+        if hidden is not None:
+            noise = torch.where(hidden, self.log_hidden.exp(), noise)
         terms = -0.5 * ((series.values - means) / noise) ** 2 - noise.log()
         terms = terms - 0.5 * np.log(2 * np.pi)
         return torch.where(series.seen, terms, torch.zeros_like(terms)).sum((-1, -2))

@@ -31,6 +31,15 @@ POINTS, BLOCK, HEAD = (0.1, 0.7), (0.1, 0.5), (0.2, 0.9)
 REFINE_STEPS, REFINE_DRAWS, REFINE_RATE = 50, 8, 0.1
 
 
+OPTION, DISTIL, FULL = "0", 1.0, 0.3
+
+
+def FIRST(series):
+    some = series.seen.any(-1)
+    first = (some.cumsum(1) == 1) & some
+    return first[..., None]
+
+
 def draw_masks(series: Series, generator: torch.Generator) -> Tensor:
     """Draw what an encoder may see, (n_series, length, n_channels), bool.
 
@@ -137,13 +146,27 @@ class Trainer:
         and the function evaluations.
         """
         network = self.network
-        q = network.encode(series.hide(draw_masks(series, self.generator)))
+        keep = draw_masks(series, self.generator)
+        if OPTION == "A":
+            keep = keep | FIRST(series)
+            q = network.encode(series)
+            p = network.encode(series.hide(keep))
+            kl = ((p.scale / q.scale.detach()).log() + (q.scale.detach()**2 + (q.mean.detach() - p.mean)**2) / (2 * p.scale**2) - .5).sum(1)
+        else:
+            if OPTION == "B":
+                full = torch.rand((len(series),1,1), generator=self.generator) < FULL
+                keep = keep | full
+            visible = series.hide(keep)
+            q = network.encode(visible)
         shape = N_DRAWS, *q.mean.shape
         noise = torch.randn(shape, generator=self.generator).to(q.mean)
         means, n_f_evals = network(q.states(noise), q.start, series, self.settings)
-        fit = network.log_likelihood(means, series).mean(0)
+        hidden = None if OPTION != "B" else series.seen & ~visible.seen
+        fit = network.log_likelihood(means, series, hidden).mean(0)
         # below the free nats there is no gradient, and no reward for going lower
         divergence = q.kl().mean(0).clamp_min(FREE_NATS).sum()
+        if OPTION == "A":
+            fit = fit - DISTIL * kl
         return (kl_weight * divergence - fit) / n_cells, n_f_evals
 
     def _make_score(self, series: Series, average: Average):
