@@ -10,11 +10,14 @@ from sknode._version import __version__
 
 __all__ = [
     "CNFDensity",
+    "LatentODEImputer",
+    "LatentODERegressor",
     "ODENetClassifier",
     "ODENetRegressor",
     "__version__",
     "datasets",
     "fields",
+    "model_selection",
     "ode",
     "plotting",
     "show_versions",
@@ -24,6 +27,8 @@ __all__ = [
 # scikit-learn, and importing the package costs next to nothing.
 _HOME = {
     "CNFDensity": "sknode.density",
+    "LatentODEImputer": "sknode.timeseries",
+    "LatentODERegressor": "sknode.timeseries",
     "ODENetClassifier": "sknode.odenet",
     "ODENetRegressor": "sknode.odenet",
     "show_versions": "sknode._show_versions",
@@ -33,7 +38,7 @@ _HOME = {
 def __getattr__(name):
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
-    if name in ("ode", "fields", "datasets", "plotting"):
+    if name in ("ode", "fields", "datasets", "model_selection", "plotting"):
         return import_module(f"sknode.{name}")
     raise AttributeError(f"module 'sknode' has no attribute {name!r}")
 

@@ -26,6 +26,7 @@ from sknode.ode.methods import get_method
 __all__ = [
     "SHARED_CONSTRAINTS",
     "BaseODEEstimator",
+    "as_sizes",
     "padded_blocks",
     "warn_of_failures",
 ]
@@ -126,15 +127,7 @@ class BaseODEEstimator(CallbackSupportMixin, BaseEstimator):
 
     def _hidden_layer_sizes(self) -> tuple[int, ...]:
         """Resolve hidden_layer_sizes: a number is one layer."""
-        sizes = self.hidden_layer_sizes
-        sizes = (sizes,) if isinstance(sizes, Integral) else tuple(sizes)
-        good = all(isinstance(s, Integral) and s > 0 for s in sizes)
-        if not sizes or not good:
-            raise ValueError(
-                "hidden_layer_sizes must be one or more positive integers. "
-                f"Got {self.hidden_layer_sizes!r} instead."
-            )
-        return tuple(int(s) for s in sizes)
+        return as_sizes(self.hidden_layer_sizes, "hidden_layer_sizes")
 
     # largest batch that is chosen by itself
     _largest_batch = 200
@@ -196,7 +189,7 @@ class BaseODEEstimator(CallbackSupportMixin, BaseEstimator):
         tools that know nothing of torch.
         """
         state = dict(super().__getstate__())
-        if "module_" in state:
+        if state.get("module_") is not None:
             weights = state.pop("module_").state_dict()
             state["_module_weights"] = {
                 k: v.detach().cpu().numpy().copy() for k, v in weights.items()
@@ -219,6 +212,18 @@ class BaseODEEstimator(CallbackSupportMixin, BaseEstimator):
                 {k: torch.from_numpy(np.array(v)) for k, v in weights.items()}
             )
             self.module_ = module.eval()
+
+
+def as_sizes(sizes, name):
+    """Return sizes of layers as a tuple: a number is one layer."""
+    given = sizes
+    sizes = (sizes,) if isinstance(sizes, Integral) else tuple(sizes)
+    good = all(isinstance(s, Integral) and s > 0 for s in sizes)
+    if not sizes or not good:
+        raise ValueError(
+            f"{name} must be one or more positive integers. Got {given!r} instead."
+        )
+    return tuple(int(s) for s in sizes)
 
 
 def padded_blocks(rows, rows_each):

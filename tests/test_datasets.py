@@ -1,10 +1,11 @@
-"""make_density: the densities are those of the samples."""
+"""make_density: the densities are those of the samples. load_co2: what it promises."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
-from sknode.datasets import log_density, make_density
+from sknode.datasets import load_co2, log_density, make_density
 
 NAMES = (
     "moons",
@@ -47,7 +48,7 @@ def test_density_integrates_to_one_and_predicts_where_samples_fall(name):
 def test_quadrature_agrees_with_a_much_finer_one(name, monkeypatch):
     X = np.random.default_rng(0).uniform(-3, 3, size=(200, 2))
     coarse = log_density(name, X)
-    monkeypatch.setattr("sknode.datasets.PANEL_LENGTH", 0.5)
+    monkeypatch.setattr("sknode.datasets.density.PANEL_LENGTH", 0.5)
     np.testing.assert_allclose(coarse, log_density(name, X), rtol=1e-10)
 
 
@@ -76,3 +77,16 @@ def test_wrong_arguments_are_named(arguments, message):
 def test_points_must_be_in_the_plane():
     with pytest.raises(ValueError, match="2 features"):
         log_density("moons", np.zeros((3, 3)))
+
+
+def test_co2_is_weekly_with_its_gaps():
+    co2 = load_co2()
+    assert list(co2) == ["co2"] and co2["co2"].dtype == np.float64
+    assert isinstance(co2.index, pd.DatetimeIndex) and co2.index.name == "date"
+    every_week = pd.date_range("1958-03-29", "2001-12-29", freq="W-SAT", name="date")
+    assert co2.index.equals(every_week)
+    assert co2["co2"].isna().sum() == 59
+    assert co2.loc["1964-01-25":"1964-05-23", "co2"].isna().all()
+    # parts per million, as the yearly means have been published
+    assert co2.loc["2000", "co2"].mean() == pytest.approx(369.5, abs=0.5)
+    assert co2.loc["1959", "co2"].mean() == pytest.approx(316.0, abs=0.5)

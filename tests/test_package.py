@@ -45,6 +45,18 @@ def test_import_brings_in_nothing_that_torch_and_scikit_learn_do_not():
     assert not {"pandas", "matplotlib", "torchdiffeq"} & set(out.stdout.split())
 
 
+def test_everything_public_is_there_when_asked_for_and_not_before():
+    code = (
+        "import sys, sknode\n"
+        "parts = 'datasets fields model_selection ode plotting'.split()\n"
+        "assert not {f'sknode.{part}' for part in parts} & set(sys.modules)\n"
+        "assert sknode.model_selection.PanelBlockKFold().n_splits == 5\n"
+        "assert set(parts) <= set(sknode.__all__) == set(dir(sknode))\n"
+        "print([getattr(sknode, name) for name in sknode.__all__])\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.slow
 def test_quickstart_runs_and_ends_in_figures():
     script = ROOT.parent / "examples" / "quickstart.py"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+DATA = {path.relative_to(ROOT) for path in (ROOT / "sknode/data").iterdir()}
 SOURCES = {path.name for path in (ROOT / "sknode/ode/kernels/src").iterdir()}
 
 
@@ -47,7 +48,7 @@ def test_source_distribution_has_all_sources(source):
     assert kept == SOURCES
     assert {p.suffix for p in map(Path, SOURCES)} == {".h", ".cpp"}
     modules = {p.relative_to(ROOT) for p in (ROOT / "sknode").rglob("*.py")}
-    assert modules <= {Path(*name.parts[1:]) for name in names}
+    assert modules | DATA <= {Path(*name.parts[1:]) for name in names}
 
 
 @pytest.mark.skipif(os.name != "posix", reason="hides the compiler as POSIX does")
@@ -56,5 +57,6 @@ def test_builds_without_a_compiler(source):
     log = build(source, *command, CC="/bin/false", CXX="/bin/false")
     assert 'building extension "sknode.ode.kernels._native" failed' in log
     built = {p.name for p in (source / "out").rglob("*")}
+    assert {path.name for path in DATA} <= built
     assert "solve.py" in built and not any(n.startswith("_native") for n in built)
     assert not SOURCES & built

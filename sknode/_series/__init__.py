@@ -1,1 +1,1 @@
-"""Time series: panels of irregular observations and the models behind them."""
+"""Irregular time series: from pandas to numbers, and the models of them."""

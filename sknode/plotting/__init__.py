@@ -4,5 +4,6 @@ They need matplotlib: ``pip install sknode[plot]``.
 """
 
 from sknode.plotting.density import DensityDisplay
+from sknode.plotting.series import SeriesDisplay
 
-__all__ = ["DensityDisplay"]
+__all__ = ["DensityDisplay", "SeriesDisplay"]

@@ -1,0 +1,298 @@
+"""What the estimators of series share: from rows to a fitted model and back."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from numbers import Integral, Real
+from typing import ClassVar
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.utils import get_tags
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.validation import _check_feature_names, _check_n_features
+
+from sknode._base import SHARED_CONSTRAINTS, BaseODEEstimator, as_sizes
+from sknode._series.fitting import fit_series
+from sknode._series.keys import encode_series
+from sknode._series.network import LatentODENetwork
+from sknode._series.neural import NeuralMean
+from sknode._series.panel import Panel
+from sknode._series.scaling import Scaling
+from sknode._series.training import Trainer
+from sknode._series.windows import WINDOW_ROWS
+from sknode._training import History
+from sknode._warning import stacklevel_of_caller
+
+__all__ = ["BaseLatentODE"]
+
+# Updates an epoch that are aimed at, and series in a batch at most.
+N_UPDATES, LARGEST_BATCH = 8, 100
+# Solves inside of training need not be more accurate than this.
+TRAINING_TOLERANCE = 1e-3
+# Draws of latent states that predictions average.
+N_DRAWS = 8
+# Series that the network is asked about at a time, to bound the memory.
+CHUNK_SERIES = 512
+
+
+class BaseLatentODE(BaseODEEstimator):
+    """Base of the estimators of series.
+
+    A subclass reads its input into rows: ids, times, covariates and values.
+    """
+
+    _parameter_constraints: ClassVar[dict] = {
+        **SHARED_CONSTRAINTS,
+        "latent_dim": [Interval(Integral, 1, None, closed="left")],
+        "rnn_hidden_size": [Interval(Integral, 1, None, closed="left")],
+        "decoder_hidden_layer_sizes": [
+            "array-like",
+            Interval(Integral, 1, None, closed="left"),
+        ],
+        "time": [str, Integral],
+        "series": [str, Integral, "array-like", None],
+        "calendar": [str, "array-like", None],
+        "residual": [StrOptions({"ou"}), None],
+        "kl_weight": [Interval(Real, 0, None, closed="left")],
+    }
+
+    def _check_table(self, X, reset=False):
+        """Check X as far as that is possible for columns of any kind."""
+        if not hasattr(X, "columns"):
+            nan = "allow-nan" if self._takes_nan() else True
+            return self._validate(X, reset=reset, ensure_all_finite=nan)
+        if not len(X):
+            raise ValueError(
+                f"Found array with 0 sample(s) (shape={X.shape}) while a minimum of 1 "
+                f"is required by {type(self).__name__}."
+            )
+        _check_feature_names(self, X, reset=reset)
+        _check_n_features(self, X, reset=reset)
+        return X
+
+    def _takes_nan(self):
+        """Return whether X may have missing values."""
+        return get_tags(self).input_tags.allow_nan
+
+    # --- fitting ----------------------------------------------------------------------
+
+    def _fit_rows(self, rows, values, X, y):
+        """Fit to rows and set the fitted attributes.
+
+        Parameters
+        ----------
+        rows : Rows
+            Ids, times and covariates.
+        values : ndarray of shape (n_rows, n_channels)
+            What was observed, NaN where nothing was.
+        X, y : object
+            What the user passed, for callbacks.
+        """
+        if np.isnan(values).all():
+            raise ValueError(
+                "There is nothing to learn from: no value is observed, all are NaN."
+            )
+        seed, device = self._seed(), self._device()
+        rng = np.random.default_rng(seed)
+        codes, self._ids = encode_series(rows.ids)
+        unit = _time_unit(codes, rows.time)
+        self._scaling = Scaling.learn(values, rows.covariates, unit)
+        panel, _ = self._panel(codes, rows, values, len(self._ids))
+        history = History()
+        context = self._init_callback_context(max_subtasks=self.max_iter)
+        context.call_on_fit_task_begin(estimator=self, X=X, y=y)
+
+        def train(pieces):
+            return self._train(pieces, history, seed, device, context, X, y)
+
+        fraction = self.validation_fraction if self.early_stopping else 0.0
+        fitted = fit_series(panel, self.residual is not None, train, fraction, rng)
+        self._model, self._seed_ = fitted.model, seed
+        self._context = panel
+        self.n_outputs_ = values.shape[1]
+        self.module_ = None if fitted.mean is None else fitted.mean.network
+        self.time_unit_ = unit
+        self._keep_scores(fitted, history)
+        self._tell(fitted, values)
+        context.call_on_fit_task_end(
+            estimator=self, X=X, y=y, reconstruction_attributes={}
+        )
+        return self
+
+    def _panel(self, codes, rows, values, n_series):
+        """Return the scaled panel of rows, and the order in which it has them."""
+        scaled, inputs = self._scaling.forward(values, rows.covariates)
+        time = rows.time / self._scaling.time_unit
+        return Panel.from_rows(codes, time, scaled, inputs, n_series=n_series)
+
+    def _train(self, pieces, history, seed, device, context, X, y):
+        """Train a network on windows of series; return it with its settings."""
+        self._module_config = {
+            "n_channels": pieces.values.shape[1],
+            "n_covariates": pieces.covariates.shape[1],
+            "latent_dim": int(self.latent_dim),
+            "hidden_layer_sizes": self._hidden_layer_sizes(),
+            "activation": self.activation,
+            "rnn_hidden_size": int(self.rnn_hidden_size),
+            "decoder_hidden_layer_sizes": as_sizes(
+                self.decoder_hidden_layer_sizes, "decoder_hidden_layer_sizes"
+            ),
+        }
+        network = self._new_module(self._module_config, torch.float32, device, seed)
+        rng = np.random.default_rng(seed)
+        order = rng.permutation(np.flatnonzero(pieces.lengths > 0))
+        n_held_out = 0
+        if self.early_stopping:
+            n_held_out = round(self.validation_fraction * len(order))
+        held_out = pieces.take(np.sort(order[:n_held_out])) if n_held_out else None
+        trained_on = pieces.take(np.sort(order[n_held_out:]))
+        recipe = replace(
+            self._recipe(trained_on.n_series, self.max_iter, N_UPDATES), decays=True
+        )
+        trainer = Trainer(
+            network,
+            self._solver_settings(torch.float32, TRAINING_TOLERANCE),
+            recipe,
+            torch.Generator().manual_seed(seed),
+            history,
+            float(self.kl_weight),
+        )
+        trainer.fit(
+            trained_on, held_out, on_epoch=self._epoch_callback(context, history, X, y)
+        )
+        dtype = self._dtype(np.empty(0), device)
+        return self._mean_of(network.to(dtype).eval(), seed)
+
+    def _dtype(self, X, device):
+        """Resolve the dtype parameter: double precision on the CPU."""
+        if self.dtype == "auto" and device.type == "cpu":
+            return torch.float64
+        return super()._dtype(X, device)
+
+    def _make_module(self, **config):
+        return LatentODENetwork(**config)
+
+    def _epoch_callback(self, context, history, X, y):
+        """Return a function that tells scikit-learn's callbacks of an epoch."""
+
+        def on_epoch(epoch):
+            task = context.subcontext(task_name="epoch")
+            task.call_on_fit_task_begin(estimator=self, X=X, y=y)
+            return task.call_on_fit_task_end(
+                estimator=self,
+                X=X,
+                y=y,
+                metadata={"loss": history.loss[-1], "nfe": history.nfe[-1]},
+                reconstruction_attributes={},
+            )
+
+        return on_epoch
+
+    def _mean_of(self, network, seed):
+        """Return the network with the solver parameters as they are now."""
+        dtype = next(network.parameters()).dtype
+        return NeuralMean(network, self._solver_settings(dtype), N_DRAWS, seed)
+
+    def _keep_scores(self, fitted, history):
+        """Set the fitted attributes that tell how fit went."""
+        self.loss_curve_, self.nfe_curve_ = history.loss, history.nfe
+        self.loss_ = history.loss[-1] if history.loss else None
+        self.n_iter_ = max(1, len(history.loss))
+        self.validation_scores_ = history.validation or None
+        scores = dict(fitted.scores)
+        self.validation_errors_ = scores.pop("model", None)
+        self.baseline_scores_ = scores or None
+        self.coverage_ = fitted.coverage
+
+    def _tell(self, fitted, values):
+        """Warn about what the user should know of the fit."""
+        for name, kind in fitted.beaten_by:
+            error, own = (
+                s[kind] for s in (fitted.scores[name], fitted.scores["model"])
+            )
+            warnings.warn(
+                f"{name} is better than {type(self).__name__} on {kind} that fit hid "
+                f"from itself: mean absolute error {error:.3g} against {own:.3g}, in "
+                "standard deviations. See baseline_scores_ and validation_errors_.",
+                UserWarning,
+                stacklevel=stacklevel_of_caller(),
+            )
+        if self.early_stopping and not fitted.scores:
+            warnings.warn(
+                f"Only {np.isfinite(values).sum()} values are observed: too few to "
+                "hide some and judge the model by them. Do not rely on its intervals.",
+                UserWarning,
+                stacklevel=stacklevel_of_caller(),
+            )
+
+    # --- predicting -------------------------------------------------------------------
+
+    def _mean(self):
+        """Return the network as it is to be used now, or None."""
+        if self.module_ is None:
+            return None
+        return self._mean_of(self._module_for_prediction(), self._seed_)
+
+    def _predict_rows(self, context, codes, rows):
+        """Return mean and standard deviation (n_rows, n_channels) in the units of y."""
+        n_series = context.n_series
+        query, inputs, order = self._query(codes, rows, n_series)
+        mean, std = np.empty(query.values.shape), np.empty(query.values.shape)
+        network = self._mean()
+        for part in _parts(n_series):
+            at = slice(query.offsets[part.start], query.offsets[part.stop])
+            mean[at], std[at] = self._model.predict(
+                network, _take(context, part), _take(query, part)
+            )
+        mean[order], std[order] = mean.copy(), std.copy()
+        return self._scaling.inverse(mean, inputs), std * self._scaling.scale
+
+    def _sample_rows(self, context, codes, rows, n_samples, rng):
+        """Return draws (n_samples, n_rows, n_channels), in the units of y."""
+        n_series = context.n_series
+        query, inputs, order = self._query(codes, rows, n_series)
+        draws = np.empty((n_samples, *query.values.shape))
+        network = self._mean()
+        for part in _parts(n_series):
+            at = slice(query.offsets[part.start], query.offsets[part.stop])
+            draws[:, at] = self._model.sample(
+                network, _take(context, part), _take(query, part), n_samples, rng
+            )
+        draws[:, order] = draws.copy()
+        return np.stack([self._scaling.inverse(x, inputs) for x in draws])
+
+    def _query(self, codes, rows, n_series):
+        """Return the panel of rows to predict, their scaled covariates in the order of
+        the rows, and where the rows of the panel come from.
+        """
+        n_channels = len(self._scaling.centre)
+        values = np.full((len(rows.time), n_channels), np.nan)
+        panel, order = self._panel(codes, rows, values, n_series)
+        inputs = np.empty_like(panel.covariates)
+        inputs[order] = panel.covariates
+        return panel, inputs, order
+
+    def __sklearn_is_fitted__(self):
+        return hasattr(self, "_model")
+
+
+def _time_unit(codes, time):
+    """Return the span of a typical series, or of a window of it if it is long."""
+    table = pd.DataFrame({"code": codes, "time": time}).groupby("code")["time"]
+    span = (table.max() - table.min()).to_numpy()
+    rows = table.size().to_numpy()
+    spans = (span * np.minimum(1.0, WINDOW_ROWS / rows))[span > 0]
+    return float(np.median(spans)) if len(spans) else 1.0
+
+
+def _take(panel, part):
+    return panel.take(np.arange(part.start, part.stop))
+
+
+def _parts(n_series):
+    """Yield slices of series."""
+    for first in range(0, n_series, CHUNK_SERIES):
+        yield slice(first, min(first + CHUNK_SERIES, n_series))

@@ -1,0 +1,218 @@
+"""From a panel to a model: candidates are fitted and judged on cells they never saw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sknode._series.baselines import BASELINES
+from sknode._series.covariance import fit_process
+from sknode._series.hidden import KINDS, hide_cells
+from sknode._series.model import SeriesModel
+from sknode._series.panel import Panel
+from sknode._series.windows import Windows, window_rows
+
+__all__ = ["Fitted", "fit_series"]
+
+# With fewer observed cells nothing is hidden, and with fewer rows there is no network.
+LEAST_CELLS, LEAST_ROWS = 40, 40
+# Share of the hidden cells that an interval of `COVERAGE` is to cover; standard
+# deviations are corrected by at most these factors.
+COVERAGE, Z_COVERAGE = 0.9, 1.6448536269514722
+INFLATION_RANGE = 0.5, 3.0
+# Hidden cells of a channel that count as much as those of all channels together do.
+PRIOR_CELLS = 50
+# A candidate is better if its errors are smaller by so many standard errors.
+CONFIDENCE = 1.0
+
+
+@dataclass
+class Fitted:
+    """What `fit_series` found.
+
+    Attributes
+    ----------
+    model : SeriesModel
+        The model.
+    mean : object or None
+        The network with its settings; None where held-out cells are not better with it.
+    scores : dict of str to dict of str to float
+        Mean absolute errors on the hidden cells, in scaled units: of the model and of
+        the baselines, by kind of cell. Empty if none were hidden.
+    beaten_by : list of (str, str)
+        Baselines that are better than the model beyond chance, and the kind of cell.
+    coverage : float or None
+        Share of the hidden cells in the intervals before they were corrected.
+    """
+
+    model: SeriesModel
+    mean: object | None
+    scores: dict = field(default_factory=dict)
+    beaten_by: list = field(default_factory=list)
+    coverage: float | None = None
+
+
+def fit_series(
+    panel: Panel,
+    residual: bool,
+    train: Callable[[Panel], object] | None,
+    fraction: float,
+    rng: np.random.Generator,
+) -> Fitted:
+    """Fit the candidates, choose one, and correct its intervals.
+
+    Parameters
+    ----------
+    panel : Panel
+        Scaled observations.
+    residual : bool
+        Whether a linear process follows what the network leaves.
+    train : callable
+        ``train(pieces)`` trains a network on a panel of windows and returns a
+        `NeuralMean`.
+    fraction : float
+        Share of the observed cells that are hidden to judge; 0 keeps the network
+        without judging.
+    rng : Generator
+        Draws the cells and the starts.
+    """
+    observed = np.isfinite(panel.values)
+    if observed.sum() < LEAST_CELLS:
+        fraction = 0.0
+    kinds = np.zeros(observed.shape, np.uint8)
+    if fraction:
+        kinds = hide_cells(panel, fraction, rng)
+    kept = panel.hide(kinds > 0)
+    anchored = is_anchored(kept)
+    rows_each = window_rows(kept) if anchored else None
+    candidates = []
+    if residual:
+        process = fit_process(kept, rng=rng)
+        candidates.append((_model(kept, process, None, rows_each, anchored), None))
+    if (observed.any(1).sum() >= LEAST_ROWS) or not residual:
+        windows = Windows.cut(kept, rows_each, anchored)
+        mean = train(windows.panel(kept)[0])
+        candidates.append(_complete(kept, mean, residual, rows_each, anchored, rng))
+    if not fraction:
+        model, mean = candidates[-1]
+        return Fitted(model, mean)
+    return _judge(panel, kept, kinds, candidates)
+
+
+def is_anchored(panel: Panel) -> bool:
+    """Return whether the time of a series has to start at its first observation.
+
+    Where all series start at about the same time it is the same for all: the time of
+    day, or since an admission, may then matter.
+    """
+    filled = panel.lengths > 0
+    if filled.sum() < 2:
+        return True
+    first = panel.time[panel.offsets[:-1][filled]]
+    last = panel.time[panel.offsets[1:][filled] - 1]
+    if window_rows(panel) is not None:
+        return True
+    return bool(first.std() > 0.5 * np.median(last - first))
+
+
+def _complete(kept, mean, residual, rows_each, anchored, rng):
+    """Add to a network what its residuals follow."""
+    model = _model(kept, None, np.ones(kept.values.shape[1]), rows_each, anchored)
+    path = model.paths(mean, kept, kept)[0].mean(0)
+    rest = kept.values - path
+    if residual:
+        left = Panel(kept.offsets, kept.time, rest, kept.covariates)
+        process = fit_process(left, rng=rng)
+        return _model(kept, process, None, rows_each, anchored), mean
+    count = np.maximum(np.isfinite(rest).sum(0), 1)
+    noise = np.nansum(rest**2, axis=0) / count
+    return _model(kept, None, np.maximum(noise, 1e-6), rows_each, anchored), mean
+
+
+def _model(panel, process, noise, rows_each, anchored):
+    ones = np.ones(panel.values.shape[1])
+    noise = np.zeros_like(ones) if noise is None else noise
+    return SeriesModel(process, noise, ones, rows_each, anchored)
+
+
+def _judge(panel, kept, kinds, candidates) -> Fitted:
+    """Choose the better candidate on hidden cells and correct its intervals."""
+    hidden = kinds > 0
+    rows = hidden.any(1)
+    query = _rows_of(kept, rows)
+    truth, cells, kinds = panel.values[rows], hidden[rows], kinds[rows]
+    predictions = [model.predict(mean, kept, query) for model, mean in candidates]
+    errors = [np.abs(mean - truth) for mean, _ in predictions]
+    chosen = 0
+    if len(candidates) > 1 and _is_better(errors[1], errors[0], kinds):
+        chosen = 1
+    model, mean = candidates[chosen]
+    deviation = errors[chosen] / predictions[chosen][1]
+    inflation = _inflation(deviation, cells)
+    scores = {"model": _by_kind(errors[chosen], kinds)}
+    beaten_by = []
+    for name, baseline in BASELINES.items():
+        error = np.abs(baseline(kept, query) - truth)
+        scores[name] = _by_kind(error, kinds)
+        for kind, code in KINDS.items():
+            here = kinds == code
+            if _clearly_less(error[here], errors[chosen][here]):
+                beaten_by.append((name, kind))
+    model = SeriesModel(
+        model.process, model.noise, inflation, model.rows_each, model.anchored
+    )
+    coverage = float((deviation[cells] < Z_COVERAGE).mean())
+    return Fitted(model, mean, scores, beaten_by, coverage)
+
+
+def _rows_of(panel, rows):
+    """Return the panel of some of its rows."""
+    before = np.concatenate([[0], np.cumsum(rows)])
+    offsets = before[panel.offsets].astype(np.int64)
+    return Panel(offsets, panel.time[rows], panel.values[rows], panel.covariates[rows])
+
+
+def _by_kind(error, kinds):
+    """Return the mean error over each kind of cell that there is, and over all."""
+    means = {
+        kind: float(error[kinds == code].mean())
+        for kind, code in KINDS.items()
+        if (kinds == code).any()
+    }
+    return means | {"all": float(error[kinds > 0].mean())}
+
+
+def _is_better(one, other, kinds):
+    """Return whether errors are smaller, each kind of cell counting the same."""
+    gains, variances = [], []
+    for code in KINDS.values():
+        here = kinds == code
+        if here.sum() > 1:
+            gain = other[here] - one[here]
+            scale = other[here].mean() + 1e-12
+            gains.append(gain.mean() / scale)
+            variances.append(gain.var() / len(gain) / scale**2)
+    if not gains:
+        return False
+    return np.mean(gains) > CONFIDENCE * np.sqrt(np.sum(variances)) / len(gains)
+
+
+def _clearly_less(one, other):
+    """Return whether errors are smaller beyond chance."""
+    gain = other - one
+    n = len(gain)
+    return n > 10 and gain.mean() > 2 * gain.std() / np.sqrt(n)
+
+
+def _inflation(deviation, cells):
+    """Return the factors (n_channels,) that give intervals their coverage."""
+    overall = np.quantile(deviation[cells], COVERAGE) / Z_COVERAGE
+    factors = np.empty(cells.shape[1])
+    for c, here in enumerate(cells.T):
+        factors[c] = overall
+        if n := here.sum():
+            own = np.quantile(deviation[here, c], COVERAGE) / Z_COVERAGE
+            factors[c] = (n * own + PRIOR_CELLS * overall) / (n + PRIOR_CELLS)
+    return np.clip(factors, *INFLATION_RANGE)

@@ -1,0 +1,327 @@
+"""LatentODERegressor: rows are observations of irregular series."""
+
+import pickle
+from functools import cache
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.exceptions import NotFittedError
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.model_selection import GridSearchCV, GroupKFold, KFold, cross_validate
+
+from sknode import LatentODERegressor
+from sknode.model_selection import PanelBlockKFold, PanelTimeSeriesSplit
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning"),
+    # series as short as these may be predicted as well by a baseline
+    pytest.mark.filterwarnings("ignore:.* is better than LatentODE:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Only .* values are observed:UserWarning"),
+]
+
+COLUMNS = ["series", "time"]
+
+
+def quick(**parameters):
+    """Return a regressor that trains for a moment."""
+    return LatentODERegressor(**{"max_iter": 2, "random_state": 0} | parameters)
+
+
+@cache
+def panel(n_series=12, n_rows=25, seed=0):
+    """Return waves of random phase, at irregular times, with holes."""
+    rng = np.random.default_rng(seed)
+    parts = []
+    for i in range(n_series):
+        time = np.sort(rng.uniform(0, 10, n_rows))
+        phase = rng.uniform(0, 2 * np.pi)
+        part = pd.DataFrame({"series": f"s{i}", "time": time})
+        part["a"], part["b"] = np.sin(time + phase), np.cos(time + phase) + 3
+        parts.append(part)
+    table = pd.concat(parts, ignore_index=True)
+    values = table[["a", "b"]] + rng.normal(scale=0.05, size=(len(table), 2))
+    return table[COLUMNS], values.mask(rng.uniform(size=values.shape) < 0.2)
+
+
+@cache
+def fitted():
+    return quick(series="series").fit(*panel())
+
+
+def test_predictions_pass_near_the_observations():
+    X, y = panel()
+    assert fitted().score(X, y) > 0.95
+    mean, std = fitted().predict(X, return_std=True)
+    assert mean.shape == std.shape == y.shape
+    assert (std > 0).all()
+
+
+def test_uncertainty_grows_with_the_distance_from_observations():
+    at = pd.DataFrame({"series": "s0", "time": [5.0, 12.0, 20.0]})
+    _, std = fitted().predict(at, return_std=True)
+    assert (np.diff(std, axis=0) > 0).all()
+
+
+def test_a_prediction_depends_on_its_own_row_and_what_is_known():
+    X, _ = panel()
+    together = fitted().predict(X)
+    some = [3, 40, 170]
+    for i in some:
+        np.testing.assert_allclose(
+            fitted().predict(X.iloc[[i]]), together[[i]], rtol=1e-7, atol=1e-7
+        )
+    shuffled = X.sample(frac=1, random_state=0)
+    np.testing.assert_allclose(
+        fitted().predict(shuffled), together[shuffled.index], rtol=1e-9
+    )
+
+
+def test_series_nobody_has_seen_get_the_prior():
+    unknown = pd.DataFrame({"series": "new", "time": [1.0, 5.0]})
+    mean, std = fitted().predict(unknown, return_std=True)
+    _, known = fitted().predict(unknown.assign(series="s0"), return_std=True)
+    assert np.isfinite(mean).all()
+    assert (std > 2 * known).all()
+
+
+def test_condition_takes_in_a_new_series_without_training():
+    X, y = panel(2, seed=7)
+    X = X.assign(series="new " + X["series"])
+    before = fitted().predict(X)
+    more = fitted().condition(X.iloc[::2], y.iloc[::2])
+    assert more.score(X.iloc[1::2], y.iloc[1::2]) > 0.8
+    np.testing.assert_array_equal(fitted().predict(X), before)
+
+
+def test_conditioning_on_what_is_known_changes_nothing():
+    X, y = panel()
+    again = fitted().condition(X, y)
+    np.testing.assert_allclose(again.predict(X), fitted().predict(X), rtol=1e-9)
+
+
+def test_context_columns_inform_about_new_series():
+    X, y = panel()
+    new_X, new_y = panel(2, seed=7)
+    new_X = new_X.assign(series="new " + new_X["series"])
+    regressor = quick(series="series", context=["known_a", "known_b"])
+    regressor.fit(X.assign(known_a=np.nan, known_b=np.nan), y)
+    seen = np.arange(len(new_X)) % 2 == 0
+    known = new_y.mask(np.repeat(~seen[:, None], 2, axis=1))
+    informed = new_X.assign(known_a=known["a"], known_b=known["b"])
+    blind = new_X.assign(known_a=np.nan, known_b=np.nan)
+    asked = informed[~seen], new_y[~seen]
+    # rows with context have to be there to be conditioned on
+    mean = regressor.predict(informed)[~seen]
+    error = np.nanmean(np.abs(mean - asked[1]))
+    prior = np.nanmean(np.abs(regressor.predict(blind)[~seen] - asked[1]))
+    assert error < 0.4 * prior
+
+
+def test_context_that_does_not_fit_the_channels_is_an_error():
+    X, y = panel()
+    with pytest.raises(ValueError, match="context names 1 column, but y has 2"):
+        quick(series="series", context="known").fit(X.assign(known=np.nan), y)
+
+
+def test_missing_context_column_is_named():
+    X, y = panel()
+    regressor = quick(series="series", context=["u", "v"])
+    regressor.fit(X.assign(u=np.nan, v=np.nan), y)
+    with pytest.raises(ValueError, match="v"):
+        regressor.predict(X.assign(u=np.nan))
+
+
+def test_intervals_and_densities_are_those_of_the_standard_deviations():
+    X, y = panel()
+    mean, std = fitted().predict(X, return_std=True)
+    lower, upper = fitted().predict_interval(X, coverage=0.9)
+    np.testing.assert_allclose(lower, mean - 1.6448536269514722 * std)
+    np.testing.assert_allclose(upper, mean + 1.6448536269514722 * std)
+    logs = fitted().score_samples(X, y)
+    z = (y - mean) / std
+    expected = (-0.5 * z**2 - np.log(std) - 0.5 * np.log(2 * np.pi)).sum(axis=1)
+    np.testing.assert_allclose(logs, expected)
+
+
+def test_intervals_cover_what_they_say_of_values_left_out():
+    X, y = panel()
+    rng = np.random.default_rng(1)
+    left_out = rng.uniform(size=len(X)) < 0.2
+    regressor = quick(series="series").fit(X[~left_out], y[~left_out])
+    lower, upper = regressor.predict_interval(X[left_out], coverage=0.9)
+    truth = y[left_out].to_numpy()
+    seen = np.isfinite(truth)
+    inside = ((lower < truth) & (truth < upper))[seen].mean()
+    assert 0.8 < inside <= 1.0
+
+
+def test_draws_have_the_predicted_moments_and_are_coherent():
+    at = pd.DataFrame({"series": "s0", "time": [5.0, 5.01, 14.0]})
+    draws = fitted().sample(at, n_samples=500, random_state=0)
+    mean, std = fitted().predict(at, return_std=True)
+    assert draws.shape == (500, 3, 2)
+    assert (np.abs(draws.mean(0) - mean) < 5 * std / np.sqrt(500)).all()
+    np.testing.assert_allclose(draws.std(0), std, rtol=0.15)
+
+
+def test_forecast_is_a_tidy_table():
+    table = fitted().forecast(3, freq=0.5)
+    assert list(table) == [
+        "series",
+        "time",
+        "channel",
+        "mean",
+        "std",
+        "lower",
+        "upper",
+    ]
+    assert len(table) == 12 * 3 * 2
+    X, _ = panel()
+    last = X.groupby("series")["time"].max()
+    one = table[(table["series"] == "s3") & (table["channel"] == "a")]
+    np.testing.assert_allclose(one["time"] - last["s3"], [0.5, 1.0, 1.5])
+    asked = one[["series", "time"]]
+    np.testing.assert_allclose(fitted().predict(asked)[:, 0], one["mean"], rtol=1e-7)
+
+
+def test_forecast_of_dates_at_given_times():
+    index = pd.date_range("2026-01-01", periods=60, freq="D", tz="Asia/Tokyo")
+    X = pd.DataFrame(index=index.rename("day"))
+    y = pd.Series(np.sin(np.arange(60) / 5), index=index, name="level")
+    regressor = quick().fit(X, y)
+    table = regressor.forecast(2)
+    assert list(table["time"]) == list(index[-1] + pd.to_timedelta([1, 2], "D"))
+    assert set(table["channel"]) == {"level"}
+    times = pd.date_range("2026-04-01", periods=3, freq="h", tz="UTC")
+    assert list(regressor.forecast(times)["time"]) == list(times)
+
+
+def test_forecast_with_covariates_asks_for_rows():
+    X, y = panel()
+    regressor = quick(series="series").fit(X.assign(dose=1.0 * (X["time"] > 5)), y)
+    with pytest.raises(ValueError, match=r"predict\(X\)"):
+        regressor.forecast(2)
+
+
+def test_forecast_of_a_series_that_is_not_known():
+    with pytest.raises(ValueError, match="nobody"):
+        fitted().forecast(2, series="nobody")
+
+
+def test_covariates_matter():
+    rng = np.random.default_rng(0)
+    X = pd.DataFrame({"time": np.arange(200.0), "u": rng.normal(size=200)})
+    y = 3 * X["u"] + rng.normal(scale=0.1, size=200)
+    regressor = quick().fit(X[:150], y[:150])
+    assert regressor.score(X[150:], y[150:]) > 0.9
+
+
+def test_cross_validation_of_imputation_and_forecasts():
+    X, y = panel()
+    splitters = {
+        "points": KFold(3, shuffle=True, random_state=0),
+        "blocks": PanelBlockKFold(3, series="series"),
+        "forecasts": PanelTimeSeriesSplit(3, series="series"),
+    }
+    scores = {
+        name: cross_validate(quick(series="series"), X, y, cv=cv, error_score="raise")[
+            "test_score"
+        ].mean()
+        for name, cv in splitters.items()
+    }
+    assert scores["points"] > 0.8
+    assert scores["points"] >= scores["blocks"] > scores["forecasts"]
+
+
+def test_cross_validation_of_series_that_fit_did_not_see():
+    X, y = panel()
+    known = y.copy()
+    known.iloc[1::2] = np.nan
+    X = X.assign(known_a=known["a"], known_b=known["b"])
+    regressor = quick(series="series", context=["known_a", "known_b"])
+    scores = cross_validate(
+        regressor, X, y, cv=GroupKFold(3), groups=X["series"], error_score="raise"
+    )
+    assert scores["test_score"].min() > 0.7
+
+
+def test_grid_search_in_parallel_gives_the_same():
+    X, y = panel()
+    grid = {"latent_dim": [2, 3]}
+    cv = PanelBlockKFold(2, series="series")
+    searches = [
+        GridSearchCV(quick(series="series"), grid, cv=cv, n_jobs=n).fit(X, y)
+        for n in (1, 2)
+    ]
+    one, two = (s.cv_results_["mean_test_score"] for s in searches)
+    np.testing.assert_allclose(one, two, rtol=1e-6)
+
+
+def test_it_is_level_with_a_gaussian_process_on_one_series():
+    rng = np.random.default_rng(0)
+    t = np.sort(rng.uniform(0, 30, 150))[:, None]
+    y = np.sin(t[:, 0]) + rng.normal(scale=0.1, size=150)
+    left_out = rng.uniform(size=150) < 0.2
+    ours = quick().fit(t[~left_out], y[~left_out]).score(t[left_out], y[left_out])
+    process = GaussianProcessRegressor(alpha=0.01, normalize_y=True)
+    theirs = process.fit(t[~left_out], y[~left_out]).score(t[left_out], y[left_out])
+    assert ours > theirs - 0.02
+
+
+def test_latent_ode_learns_what_a_process_cannot_forecast():
+    """Decay to zero from any height: the process alone reverts to a mean."""
+    rng = np.random.default_rng(0)
+    parts, values = [], []
+    for i in range(60):
+        time = np.sort(rng.uniform(0, 4, 30))
+        parts.append(pd.DataFrame({"series": i, "time": time}))
+        values.append(rng.uniform(1, 5) * np.exp(-time) * np.cos(3 * time))
+    X, y = pd.concat(parts, ignore_index=True), np.concatenate(values)
+    late = (X["series"] >= 50) & (X["time"] > 1.5)
+    regressor = quick(series="series", max_iter=60).fit(X[~late], y[~late])
+    assert regressor.module_ is not None
+    assert regressor.score(X[late], y[late]) > 0.7
+
+
+def test_dtypes_of_ids_and_unsorted_duplicates():
+    X, y = panel()
+    for ids in (X["series"].astype("category"), X["series"].str[1:].astype(int)):
+        regressor = quick(series="series").fit(X.assign(series=ids), y)
+        twice = pd.concat([X.assign(series=ids)] * 2).sample(frac=1, random_state=0)
+        assert np.isfinite(regressor.predict(twice)).all()
+
+
+def test_bad_input_is_named():
+    X, y = panel()
+    with pytest.raises(ValueError, match="all are NaN"):
+        quick(series="series").fit(X, y * np.nan)
+    with pytest.raises(ValueError, match="infinity"):
+        quick(series="series").fit(X, y.replace(y.iloc[0, 0], np.inf))
+    with pytest.raises(ValueError, match="nowhere"):
+        quick(series="nowhere").fit(X, y)
+    with pytest.raises(ValueError, match="time"):
+        quick(series="series").fit(X.assign(time=X["time"].where(X.index != 3)), y)
+    with pytest.raises(TypeError, match="numbers"):
+        fitted().predict(X.assign(time=pd.Timestamp("2026-01-01")))
+    with pytest.raises(ValueError, match="coverage"):
+        fitted().predict_interval(X, coverage=90)
+    with pytest.raises(ValueError, match="y has 1 columns"):
+        fitted().score(X, y["a"])
+    with pytest.raises(NotFittedError):
+        quick().predict(X)
+
+
+def test_solver_settings_are_read_again():
+    X, y = panel()
+    pure = quick(series="series", residual=None).fit(X, y)
+    loose = pure.predict(X)
+    tight = pickle.loads(pickle.dumps(pure)).set_params(rtol=1e-9, atol=1e-9)
+    difference = np.abs(tight.predict(X) - loose).max()
+    assert 0 < difference < 1e-2
+
+
+def test_pickled_it_predicts_the_same():
+    X, _ = panel()
+    again = pickle.loads(pickle.dumps(fitted()))
+    np.testing.assert_array_equal(again.predict(X), fitted().predict(X))
