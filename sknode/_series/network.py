@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,8 +23,11 @@ __all__ = ["LatentODENetwork", "Posterior", "Series"]
 
 # Least standard deviations, of a latent state and of noise on standardised values.
 SCALE_FLOOR, NOISE_FLOOR = 1e-3, 1e-3
-# Noise that training starts from.
-FIRST_NOISE = 0.3
+# Noise that training starts from, and about the scale of posteriors: wide ones would
+# hide from the field what it is to follow.
+FIRST_NOISE, FIRST_SCALE = 0.3, 0.05
+# Time in which the latent state flows while that of a typical series is 1.
+CLOCK = 8.0
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,19 @@ class Series:
             lengths,
         )
 
+    def begin(self, share: float) -> Series:
+        """Return what they have in the first part of their time."""
+        if share >= 1:
+            return self
+        first, last = self.time[:, :1], self.time[:, -1:]
+        early = self.time <= first + share * (last - first)
+        return self.hide(early[..., None]).drop_empty_rows()
+
+    def first_rows(self) -> Tensor:
+        """Return which rows (n_series, length) are the first with a value."""
+        some = self.seen.any(-1)
+        return some & (some.cumsum(1) == 1)
+
     def hide(self, keep: Tensor) -> Series:
         """Return them with only those values for which ``keep`` is true."""
         seen = self.seen & keep
@@ -150,6 +167,10 @@ class Posterior:
         """
         return self.mean + self.scale * noise
 
+    def detach(self) -> Posterior:
+        """Return it as constants."""
+        return Posterior(self.start, self.mean.detach(), self.scale.detach())
+
     def __getitem__(self, rows) -> Posterior:
         return Posterior(self.start[rows], self.mean[rows], self.scale[rows])
 
@@ -199,9 +220,9 @@ class LatentODENetwork(nn.Module):
         self.decoder = nn.ModuleList(
             nn.Linear(a, b) for a, b in itertools.pairwise(sizes)
         )
-        self.log_noise = nn.Parameter(torch.full((n_channels,), np.log(FIRST_NOISE)))
-
-        self.log_hidden = nn.Parameter(torch.full((n_channels,), np.log(FIRST_NOISE)))
+        with torch.no_grad():
+            self.posterior_map.bias[latent_dim:] += math.log(FIRST_SCALE)
+        self.log_noise = nn.Parameter(torch.full((n_channels,), math.log(FIRST_NOISE)))
 
     @property
     def noise(self) -> Tensor:
@@ -217,7 +238,7 @@ class LatentODENetwork(nn.Module):
         start, lengths = series.time[:, 0], series.lengths
         # backwards in time, padding first
         gap = F.pad(series.time[:, 1:] - series.time[:, :-1], (0, 1))
-        clock = torch.stack([gap, series.time - start[:, None]], -1)
+        clock = CLOCK * torch.stack([gap, series.time - start[:, None]], -1)
         parts = series.values, series.seen, series.covariates, clock
         inputs = torch.cat([x.to(series.values) for x in parts], -1)
         position = torch.arange(inputs.shape[1], device=lengths.device)
@@ -274,7 +295,7 @@ class LatentODENetwork(nn.Module):
 
     def _solve(self, states, start, time, solver):
         n_draws, n_series, _ = states.shape
-        grid = torch.cat([start[:, None], time], 1).repeat(n_draws, 1)
+        grid = CLOCK * torch.cat([start[:, None], time], 1).repeat(n_draws, 1)
         solution = solver.solve(self.field, states.flatten(0, 1), grid)
         if not solution.success:
             raise SolverError(solution.failure_report())
@@ -305,15 +326,13 @@ class LatentODENetwork(nn.Module):
         z, n_f_evals = self.flow(states, start, series.time, solver)
         return self.decode(z, series.covariates), n_f_evals
 
-    def log_likelihood(self, means: Tensor, series: Series, hidden=None) -> Tensor:
+    def log_likelihood(self, means: Tensor, series: Series) -> Tensor:
         """Return that of the values that are seen, summed over each series.
 
         The shape is that of the means (..., n_series, length, n_channels) without the
         last two.
         """
         noise = self.noise
-        if hidden is not None:
-            noise = torch.where(hidden, self.log_hidden.exp(), noise)
         terms = -0.5 * ((series.values - means) / noise) ** 2 - noise.log()
-        terms = terms - 0.5 * np.log(2 * np.pi)
+        terms = terms - 0.5 * math.log(2 * math.pi)
         return torch.where(series.seen, terms, torch.zeros_like(terms)).sum((-1, -2))
