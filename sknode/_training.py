@@ -48,6 +48,8 @@ class Recipe:
     # Without progress it falls to zero in n_iter_no_change epochs, or in this share of
     # those before if that is more.
     fall_share: float = 0.0
+    # Epochs at the start that are not judged: what is learned still changes.
+    settling: int = 0
     verbose: bool = False
     name: str = "estimator"
 
@@ -330,6 +332,8 @@ def has_finished(recipe: Recipe, history: History, validated: bool) -> bool:
     if history.fall:
         history.fallen += 1
         return history.fallen > history.fall
+    if len(history.loss) <= recipe.settling:
+        return False
     now = history.validation[-1] if validated else -history.loss[-1]
     # small gains add up: they are measured from the last epoch that counted
     improved = now >= history.last_progress + recipe.tol

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 from sknode._network import SolverSettings
 from sknode._series.panel import Panel
+from sknode._series.recurrent import last_state
 from sknode.fields import MLPField
 from sknode.fields.activations import get_activation
 from sknode.ode import SolverError
@@ -21,8 +23,11 @@ __all__ = ["LatentODENetwork", "Posterior", "Series"]
 
 # Least standard deviations, of a latent state and of noise on standardised values.
 SCALE_FLOOR, NOISE_FLOOR = 1e-3, 1e-3
-# Noise that training starts from.
-FIRST_NOISE = 0.3
+# Noise that training starts from, and about the scale of posteriors: wide ones would
+# hide from the field what it is to follow.
+FIRST_NOISE, FIRST_SCALE = 0.3, 0.05
+# Time in which the latent state flows while that of a typical series is 1.
+CLOCK = 8.0
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,19 @@ class Series:
             lengths,
         )
 
+    def begin(self, share: float) -> Series:
+        """Return what they have in the first part of their time."""
+        if share >= 1:
+            return self
+        first, last = self.time[:, :1], self.time[:, -1:]
+        early = self.time <= first + share * (last - first)
+        return self.hide(early[..., None]).drop_empty_rows()
+
+    def first_rows(self) -> Tensor:
+        """Return which rows (n_series, length) are the first with a value."""
+        some = self.seen.any(-1)
+        return some & (some.cumsum(1) == 1)
+
     def hide(self, keep: Tensor) -> Series:
         """Return them with only those values for which ``keep`` is true."""
         seen = self.seen & keep
@@ -149,6 +167,10 @@ class Posterior:
         """
         return self.mean + self.scale * noise
 
+    def detach(self) -> Posterior:
+        """Return it as constants."""
+        return Posterior(self.start, self.mean.detach(), self.scale.detach())
+
     def __getitem__(self, rows) -> Posterior:
         return Posterior(self.start[rows], self.mean[rows], self.scale[rows])
 
@@ -191,14 +213,16 @@ class LatentODENetwork(nn.Module):
         self.latent_dim, self.activation = latent_dim, activation
         # values, which of them are seen, gap to the row after, time since the start
         n_inputs = 2 * n_channels + n_covariates + 2
-        self.encoder = nn.GRU(n_inputs, rnn_hidden_size, batch_first=True)
+        self.encoder = nn.GRUCell(n_inputs, rnn_hidden_size)
         self.posterior_map = nn.Linear(rnn_hidden_size, 2 * latent_dim)
         self.field = MLPField(latent_dim, hidden_layer_sizes, activation)
         sizes = (latent_dim + n_covariates, *decoder_hidden_layer_sizes, n_channels)
         self.decoder = nn.ModuleList(
             nn.Linear(a, b) for a, b in itertools.pairwise(sizes)
         )
-        self.log_noise = nn.Parameter(torch.full((n_channels,), np.log(FIRST_NOISE)))
+        with torch.no_grad():
+            self.posterior_map.bias[latent_dim:] += math.log(FIRST_SCALE)
+        self.log_noise = nn.Parameter(torch.full((n_channels,), math.log(FIRST_NOISE)))
 
     @property
     def noise(self) -> Tensor:
@@ -212,20 +236,17 @@ class LatentODENetwork(nn.Module):
         """
         series = series.drop_empty_rows()
         start, lengths = series.time[:, 0], series.lengths
-        # backwards in time: the last row first, padding after the first row
-        end = series.time.shape[1]
-        position = torch.arange(end, device=lengths.device)
-        index = (lengths[:, None] - 1 - position).clamp_min(0)
-        time = series.time.gather(1, index)
-        gap = F.pad(time[:, :-1] - time[:, 1:], (1, 0))
-        parts = (series.values, series.seen.to(series.values), series.covariates)
-        inputs = torch.cat(parts, -1)
-        inputs = inputs.gather(1, index[..., None].expand(-1, -1, inputs.shape[-1]))
-        clock = torch.stack([gap, time - start[:, None]], -1).to(inputs)
-        outputs, _ = self.encoder(torch.cat([inputs, clock], -1))
-        last = (lengths - 1).clamp_min(0)
-        rows = torch.arange(len(lengths), device=lengths.device)
-        mean, raw = self.posterior_map(outputs[rows, last]).chunk(2, -1)
+        # backwards in time, padding first
+        gap = F.pad(series.time[:, 1:] - series.time[:, :-1], (0, 1))
+        clock = CLOCK * torch.stack([gap, series.time - start[:, None]], -1)
+        parts = series.values, series.seen, series.covariates, clock
+        inputs = torch.cat([x.to(series.values) for x in parts], -1)
+        position = torch.arange(inputs.shape[1], device=lengths.device)
+        real = position < lengths[:, None]
+        hidden = last_state(
+            self.encoder, inputs.transpose(0, 1).flip(0), real.t().flip(0)
+        )
+        mean, raw = self.posterior_map(hidden).chunk(2, -1)
         scale = F.softplus(raw) + SCALE_FLOOR
         known = (lengths > 0)[:, None]
         return Posterior(
@@ -262,13 +283,11 @@ class LatentODENetwork(nn.Module):
         SolverError
             If a solve fails.
         """
-        n_draws, n_series, _ = states.shape
-        ahead = time >= start[:, None]
-        z, n_f_evals = self._solve(
-            states, start, time.clamp_min(start[:, None]), solver
-        )
+        first = start[:, None]
+        ahead = time >= first
+        z, n_f_evals = self._solve(states, start, time.clamp_min(first), solver)
         if not bool(ahead.all()):
-            past = time.clamp_max(start[:, None]).flip(1)
+            past = time.clamp_max(first).flip(1)
             before, further = self._solve(states, start, past, solver)
             z = torch.where(ahead[..., None], z, before.flip(2))
             n_f_evals = n_f_evals + further
@@ -276,7 +295,7 @@ class LatentODENetwork(nn.Module):
 
     def _solve(self, states, start, time, solver):
         n_draws, n_series, _ = states.shape
-        grid = torch.cat([start[:, None], time], 1).repeat(n_draws, 1)
+        grid = CLOCK * torch.cat([start[:, None], time], 1).repeat(n_draws, 1)
         solution = solver.solve(self.field, states.flatten(0, 1), grid)
         if not solution.success:
             raise SolverError(solution.failure_report())
@@ -315,5 +334,5 @@ class LatentODENetwork(nn.Module):
         """
         noise = self.noise
         terms = -0.5 * ((series.values - means) / noise) ** 2 - noise.log()
-        terms = terms - 0.5 * np.log(2 * np.pi)
+        terms = terms - 0.5 * math.log(2 * math.pi)
         return torch.where(series.seen, terms, torch.zeros_like(terms)).sum((-1, -2))

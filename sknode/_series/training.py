@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,24 +18,28 @@ __all__ = ["Trainer", "draw", "draw_masks", "posterior", "predict_mean"]
 
 # Share of the updates in which the weight of the divergence from the prior rises to 1.
 WARM_UP = 0.25
+# Share of the time of a series that training starts with, and share of the updates
+# after which it is all of it: a path that is wrong late is learned late.
+HORIZON, GROWTH = 0.2, 0.4
 # Nats of a latent dimension, on average over a batch, that cost nothing.
 FREE_NATS = 0.05
 # What the moving average of the weights keeps in an update.
 DECAY = 0.99
-# Draws of the latent state of a series in an update.
-N_DRAWS = 1
 # Shares of points that are hidden, of the time in a hidden block, of the time that is
 # left before a hidden end.
 POINTS, BLOCK, HEAD = (0.1, 0.7), (0.1, 0.5), (0.2, 0.9)
+# Share of the series whose parts are drawn from the network itself.
+DREAMS = 0.5
 # Steps of the refinement of posteriors, draws in each, and step size.
-REFINE_STEPS, REFINE_DRAWS, REFINE_RATE = 50, 8, 0.1
+REFINE_STEPS, REFINE_DRAWS, REFINE_RATE = 20, 8, 0.1
 
 
 def draw_masks(series: Series, generator: torch.Generator) -> Tensor:
     """Draw what an encoder may see, (n_series, length, n_channels), bool.
 
     Every series loses its end, a block, or nothing as a whole, and then points or
-    cells at random, or none.
+    cells at random, or none. The first row is kept: its time is that of the latent
+    state.
     """
     n, length, n_channels = series.seen.shape
     device = series.time.device
@@ -57,15 +61,25 @@ def draw_masks(series: Series, generator: torch.Generator) -> Tensor:
     hidden = uniform(*POINTS, n, 1, 1)
     rows = (kind != 0) | (uniform(0, 1, n, length, 1) >= hidden)
     cells = (kind != 1) | (uniform(0, 1, n, length, n_channels) >= hidden)
-    return keep & rows & cells
+    first = series.first_rows()[..., None]
+    return first | (keep & rows & cells)
 
 
 @dataclass
 class Trainer:
     """Trains a network on a panel by the evidence lower bound.
 
-    In each update the encoder sees a part of each series, and all of it is scored: one
-    network then fills gaps and forecasts.
+    The bound is that of whole series. That the encoder can do with a part of a series,
+    to fill gaps and to forecast, is learned beside it: the posterior from the part is
+    drawn towards that from the whole, by the divergence that asks it to cover what is
+    possible. For some of the series the part is drawn anew from the network, so that
+    the encoder does not learn the noise of the few there are by heart [1]_.
+
+    References
+    ----------
+    .. [1] Cranmer, Brehmer & Louppe, "The frontier of simulation-based inference",
+       PNAS 117 (2020): the posterior from simulated data, here from latent states that
+       the training series have.
 
     Attributes
     ----------
@@ -106,14 +120,17 @@ class Trainer:
         series = Series.of(panel, like)
         n_cells = max(1.0, float(series.seen.sum()) / len(series))
         n_batches = math.ceil(len(series) / self.recipe.batch_size)
-        n_updates, warm = 0, WARM_UP * n_batches * self.recipe.max_iter
+        n_updates, total = 0, n_batches * self.recipe.max_iter
+        settling = math.ceil(max(GROWTH, WARM_UP) * self.recipe.max_iter)
         average = Average(network, DECAY)
 
         def objective(rows):
             nonlocal n_updates
-            weight = self.kl_weight * min(1.0, n_updates / warm)
+            progress = n_updates / total
             n_updates += 1
-            return self._loss(series[rows], weight, n_cells)
+            horizon = HORIZON + (1 - HORIZON) * progress / GROWTH
+            weight = self.kl_weight * min(1.0, progress / WARM_UP)
+            return self._loss(series[rows].begin(horizon), weight, n_cells)
 
         validate = None
         if held_out is not None:
@@ -124,7 +141,7 @@ class Trainer:
             torch.ones(len(series), device=like.device),
             objective,
             make_optimizer(network, self.recipe),
-            self.recipe,
+            replace(self.recipe, settling=settling),
             self.generator,
             self.history,
             validate=validate,
@@ -133,18 +150,42 @@ class Trainer:
         )
 
     def _loss(self, series: Series, kl_weight: float, n_cells: float):
-        """Return minus the lower bound for each series, over the mean number of cells,
-        and the function evaluations.
+        """Return minus the lower bound for each series and what its parts lack, over
+        the mean number of cells, and the function evaluations.
         """
         network = self.network
-        q = network.encode(series.hide(draw_masks(series, self.generator)))
-        shape = N_DRAWS, *q.mean.shape
-        noise = torch.randn(shape, generator=self.generator).to(q.mean)
-        means, n_f_evals = network(q.states(noise), q.start, series, self.settings)
-        fit = network.log_likelihood(means, series).mean(0)
+        q = network.encode(series)
+        states = q.states(self._normal(q.mean))[None]
+        means, n_f_evals = network(states, q.start, series, self.settings)
+        fit = network.log_likelihood(means, series)[0]
         # below the free nats there is no gradient, and no reward for going lower
         divergence = q.kl().mean(0).clamp_min(FREE_NATS).sum()
-        return (kl_weight * divergence - fit) / n_cells, n_f_evals
+        lack = self._lack(series, q.detach(), states[0].detach(), means[0].detach())
+        return (kl_weight * divergence - fit + lack) / n_cells, n_f_evals
+
+    def _lack(self, series: Series, whole: Posterior, states, means):
+        """Return what posteriors from parts lack of those from the whole, (n_series,).
+
+        With values that are drawn from the network for ``states`` these are what there
+        is to be found.
+        """
+        dreamt = torch.rand(len(series), 1, generator=self.generator) < DREAMS
+        dreamt = dreamt.to(means.device)
+        dream = means + self.network.noise.detach() * self._normal(means)
+        values = torch.where(dreamt[..., None], dream, series.values)
+        keep = draw_masks(series, self.generator)
+        part = self.network.encode(replace(series, values=values).hide(keep))
+        target = Posterior(
+            whole.start,
+            torch.where(dreamt, states, whole.mean),
+            torch.where(dreamt, torch.zeros_like(states), whole.scale),
+        )
+        # up to the entropy of the target
+        error = target.scale**2 + (target.mean - part.mean) ** 2
+        return (0.5 * error / part.scale**2 + part.scale.log()).sum(1)
+
+    def _normal(self, like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=self.generator).to(like)
 
     def _make_score(self, series: Series, average: Average):
         """Return a function that scores the averaged network on held-out series.
