@@ -1,11 +1,11 @@
-"""make_density: the densities are those of the samples. load_co2: what it promises."""
+"""Densities are those of the samples; series are what their docstrings promise."""
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 
-from sknode.datasets import load_co2, log_density, make_density
+from sknode.datasets import load_co2, log_density, make_density, make_spirals
 
 NAMES = (
     "moons",
@@ -90,3 +90,48 @@ def test_co2_is_weekly_with_its_gaps():
     # parts per million, as the yearly means have been published
     assert co2.loc["2000", "co2"].mean() == pytest.approx(369.5, abs=0.5)
     assert co2.loc["1959", "co2"].mean() == pytest.approx(316.0, abs=0.5)
+
+
+def test_spirals_are_those_of_the_example_of_torchdiffeq():
+    spirals = make_spirals(40, n_future=100, noise=0.0, random_state=0)
+    assert (spirals["x1"] == spirals["x1_true"]).all()
+    assert spirals.groupby("series")["clockwise"].first().sum() == 20
+    for clockwise, part in spirals.groupby("clockwise"):
+        x1, x2 = part["x1"] + (5 if clockwise else -5), part["x2"]
+        radius = np.hypot(x1, x2)
+        # what is left of the angle once the radius has told its turns
+        angle = 15 / radius if clockwise else radius / 0.3
+        np.testing.assert_allclose(np.cos(angle), x1 / radius, atol=1e-9)
+        np.testing.assert_allclose(np.sin(angle), x2 / radius, atol=1e-9)
+        # at unit speed, in opposite directions
+        steps = part.assign(angle=angle).groupby("series")[["time", "angle"]].diff()
+        speed = (steps["angle"] / steps["time"]).dropna()
+        np.testing.assert_allclose(speed, -1.0 if clockwise else 1.0, rtol=1e-6)
+
+
+def test_spirals_are_observed_as_asked():
+    spirals = make_spirals(50, n_observed=30, n_future=20, noise=0.1, random_state=1)
+    counts = spirals.groupby(["series", "future"]).size().unstack()
+    assert (counts[False] == 30).all() and (counts[True] == 20).all()
+    assert spirals.equals(spirals.sort_values(["series", "time"]))
+    assert spirals.groupby("series")["time"].apply(tuple).nunique() == 50
+    error = spirals[["x1", "x2"]].to_numpy() - spirals[["x1_true", "x2_true"]]
+    np.testing.assert_allclose(error.std(), 0.1, rtol=0.05)
+    again = make_spirals(50, n_observed=30, n_future=20, noise=0.1, random_state=1)
+    assert spirals.equals(again)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n_series", 0),
+        ("n_times", 2.5),
+        ("n_future", -1),
+        ("n_future", 101),
+        ("n_observed", 101),
+        ("noise", -1.0),
+    ],
+)
+def test_spirals_say_which_parameter_is_wrong(name, value):
+    with pytest.raises(ValueError, match=name):
+        make_spirals(**{"n_series": 5, name: value})
