@@ -119,7 +119,7 @@ class Peer:
         for dtype in (torch.float32, torch.float64):
             best = None
             # beyond the rounding of its precision zuko takes ever more steps
-            n_tolerances = 16 if dtype == torch.float64 else 11
+            n_tolerances = 16 if dtype == torch.float64 else 10
             for tolerance in 1e-2 * 10 ** (-0.5 * np.arange(n_tolerances)):
                 key = dtype, float(tolerance)
                 if self.error(key) < error:
