@@ -31,6 +31,8 @@ __all__ = ["BaseLatentODE"]
 
 # Updates an epoch that are aimed at, and series in a batch at most.
 N_UPDATES, LARGEST_BATCH = 8, 100
+# Time units of a typical series, for the latent ODE.
+SPAN = 8.0
 # Solves inside of training need not be more accurate than this.
 TRAINING_TOLERANCE = 1e-3
 # Draws of latent states that predictions average.
@@ -99,8 +101,8 @@ class BaseLatentODE(BaseODEEstimator):
         seed, device = self._seed(), self._device()
         rng = np.random.default_rng(seed)
         codes, self._ids = encode_series(rows.ids)
-        unit = _time_unit(codes, rows.time)
-        self._scaling = Scaling.learn(values, rows.covariates, unit)
+        self.time_unit_ = _time_unit(codes, rows.time)
+        self._scaling = Scaling.learn(values, rows.covariates)
         panel, _ = self._panel(codes, rows, values, len(self._ids))
         history = History()
         context = self._init_callback_context(max_subtasks=self.max_iter)
@@ -115,7 +117,6 @@ class BaseLatentODE(BaseODEEstimator):
         self._context = panel
         self.n_outputs_ = values.shape[1]
         self.module_ = None if fitted.mean is None else fitted.mean.network
-        self.time_unit_ = unit
         self._keep_scores(fitted, history)
         self._tell(fitted, values)
         context.call_on_fit_task_end(
@@ -126,8 +127,15 @@ class BaseLatentODE(BaseODEEstimator):
     def _panel(self, codes, rows, values, n_series):
         """Return the scaled panel of rows, and the order in which it has them."""
         scaled, inputs = self._scaling.forward(values, rows.covariates)
-        time = rows.time / self._scaling.time_unit
+        time = self._scale_time(rows.time)
         return Panel.from_rows(codes, time, scaled, inputs, n_series=n_series)
+
+    def _scale_time(self, time):
+        """Return times in the units of the model."""
+        return SPAN * time / self.time_unit_
+
+    def _unscale_time(self, time):
+        return time * self.time_unit_ / SPAN
 
     def _train(self, pieces, history, seed, device, context, X, y):
         """Train a network on windows of series; return it with its settings."""
@@ -151,7 +159,9 @@ class BaseLatentODE(BaseODEEstimator):
         held_out = pieces.take(np.sort(order[:n_held_out])) if n_held_out else None
         trained_on = pieces.take(np.sort(order[n_held_out:]))
         recipe = replace(
-            self._recipe(trained_on.n_series, self.max_iter, N_UPDATES), decays=True
+            self._recipe(trained_on.n_series, self.max_iter, N_UPDATES),
+            decays=True,
+            gradient_bound=None,
         )
         trainer = Trainer(
             network,

@@ -484,7 +484,7 @@ class LatentODERegressor(RegressorMixin, BaseLatentODE):
         if horizon < 1:
             raise ValueError(f"horizon must be at least one step. Got {horizon!r}.")
         rows = slice(*self._context.offsets[code : code + 2])
-        time = np.unique(self._context.time[rows]) * self._scaling.time_unit
+        time = self._unscale_time(np.unique(self._context.time[rows]))
         if freq is None and len(time) < 2:
             raise ValueError(
                 f"freq is needed: series {self._ids[code]!r} has a single time."
@@ -553,7 +553,7 @@ class LatentODERegressor(RegressorMixin, BaseLatentODE):
         if not seen.any():
             return context
         scaled, inputs = self._scaling.forward(values[seen], rows.covariates[seen])
-        codes, time = codes[seen], rows.time[seen] / self._scaling.time_unit
+        codes, time = codes[seen], self._scale_time(rows.time[seen])
         before = context.series_of_rows()
         for c in range(scaled.shape[1]):
             old = pd.MultiIndex.from_arrays(

@@ -1,4 +1,4 @@
-"""Units in which series are modelled: of time, of channels, of covariates."""
+"""Units in which series are modelled: of channels and of covariates."""
 
 from __future__ import annotations
 
@@ -31,8 +31,6 @@ class Scaling:
         The linear part, of scaled covariates on scaled values.
     intercept : ndarray of shape (n_channels,)
         Its constant.
-    time_unit : float
-        What times are divided by.
     """
 
     centre: np.ndarray
@@ -41,10 +39,9 @@ class Scaling:
     deviation: np.ndarray
     slopes: np.ndarray
     intercept: np.ndarray
-    time_unit: float
 
     @classmethod
-    def learn(cls, values, covariates, time_unit) -> Scaling:
+    def learn(cls, values, covariates) -> Scaling:
         """Learn the units from rows."""
         units = [_robust_moments(column[np.isfinite(column)]) for column in values.T]
         centre, scale = (
@@ -63,7 +60,7 @@ class Scaling:
             if rows.sum() > 2:
                 ridge = RidgeCV(PENALTIES * rows.sum()).fit(inputs[rows], column[rows])
                 slopes[:, c], intercept[c] = ridge.coef_, ridge.intercept_
-        return cls(centre, scale, mean, deviation, slopes, intercept, time_unit)
+        return cls(centre, scale, mean, deviation, slopes, intercept)
 
     def forward(self, values, covariates):
         """Return scaled values without the linear part, and scaled covariates."""
