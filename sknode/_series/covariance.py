@@ -1,10 +1,10 @@
 """How the parameters of a linear process are learned.
 
-The covariance of a :class:`~sknode._series.state_space.LinearProcess` is a sum of closed
-forms, so its parameters are learned as those of a Gaussian process: from windows of a few
-hundred cells of the table, whose marginal likelihoods are added up. Half of the windows
-are stretches of neighbouring rows, half are scattered over longer spans, which is where
-slow parts and periods show.
+The covariance of a :class:`~sknode._series.state_space.LinearProcess` is a sum of
+closed forms, so its parameters are learned as those of a Gaussian process: from windows
+of a hundred or so cells of the table, whose marginal likelihoods are added up. Half of
+the windows are stretches of neighbouring rows, half are scattered over longer spans,
+which is where slow parts and periods show.
 """
 
 from __future__ import annotations
@@ -74,8 +74,13 @@ class _Model(torch.nn.Module):
         self.blocks, self.warped = blocks, warped
         n, rank = len(blocks), min(RANK, n_channels - 1)
         make = {"dtype": torch.float64}
+        # A cycle starts with much of the variance: from little it does not get away
+        # from where the other blocks explain it.
         share = torch.tensor(
-            [0.02 if block.kind == "cycle" else 1 / len(blocks) for block in blocks],
+            [
+                0.2 / b.harmonic if b.kind == "cycle" else 1 / len(blocks)
+                for b in blocks
+            ],
             **make,
         )
         mixing = torch.randn(n, n_channels, rank, generator=generator, **make)
@@ -84,7 +89,7 @@ class _Model(torch.nn.Module):
         self.log_own = parameter(0.5 * share.log()[:, None].repeat(1, n_channels))
         self.mixing = parameter(0.3 * share.sqrt()[:, None, None] * mixing)
         self.log_rate = parameter(torch.tensor(rates, **make))
-        self.log_shift = parameter(torch.zeros(n, **make))
+        self.shift = parameter(torch.zeros(n, **make))
         self.log_noise = parameter(torch.full((n_channels,), -1.5, **make))
         self.mean = parameter(torch.zeros(n_channels, **make))
         self.power_ = parameter(torch.zeros(2, n_channels, **make))
@@ -94,11 +99,22 @@ class _Model(torch.nn.Module):
         """Powers of the warp, between 0 and 2."""
         return 2 * torch.sigmoid(self.power_)
 
+    def tuning(self):
+        """Return factors of frequencies; a cycle more or less over a span is large."""
+        width = torch.tensor(
+            [
+                0.2 * 2 * math.pi / (b.frequency * b.scale) if b.frequency else 0.0
+                for b in self.blocks
+            ],
+            dtype=torch.float64,
+        )
+        return (width * self.shift).exp()
+
     def extend(self, other):
         """Take over what another model with fewer blocks has learned."""
         n = len(other.blocks)
         with torch.no_grad():
-            for name in ("log_own", "mixing", "log_rate", "log_shift"):
+            for name in ("log_own", "mixing", "log_rate", "shift"):
                 getattr(self, name)[:n] = getattr(other, name)
             for name in ("log_noise", "mean", "power_"):
                 getattr(self, name)[:] = getattr(other, name)
@@ -132,7 +148,7 @@ class _Model(torch.nn.Module):
             elif block.kind == "matern":
                 total = total + level * ((1 + decay) * (-decay).exp())
             elif block.kind == "cycle":
-                frequency = block.frequency * self.log_shift[block.first].exp()
+                frequency = block.frequency * self.tuning()[block.first]
                 angle = time * (frequency * block.harmonic)
                 wave = torch.stack([angle.cos(), angle.sin()], -1)
                 wave = level * (wave @ wave.mT)
@@ -159,7 +175,7 @@ class _Model(torch.nn.Module):
     def process(self, centre, scale):
         """Return the learned process, in units of ``scale`` around ``centre``."""
         with torch.no_grad():
-            rate, shift = self.log_rate.exp().numpy(), self.log_shift.exp().numpy()
+            rate, tuning = self.log_rate.exp().numpy(), self.tuning().numpy()
             own = (2 * self.log_own).exp().numpy()
             mixing, mean = self.mixing.numpy(), self.mean.numpy()
             noise = (2 * self.log_noise).exp().numpy() + FLOOR**2
@@ -171,7 +187,7 @@ class _Model(torch.nn.Module):
             if block.kind == "constant":
                 parts.append(("ou", loadings, 0.0, 0.0))
             elif block.kind == "cycle":
-                frequency = block.harmonic * block.frequency * shift[block.first]
+                frequency = block.harmonic * block.frequency * tuning[block.first]
                 parts.append(("cycle", loadings, rate[block.first], frequency))
             else:
                 parts.append((block.kind, loadings, rate[k], 0.0))
@@ -183,7 +199,7 @@ NEGLIGIBLE = 1e-6
 
 
 def _decay(rate, lag):
-    """Return the exponent of a decay, cut off before numbers become subnormal (slow)."""
+    """Return the exponent of a decay, cut off where numbers get subnormal, slow."""
     return (rate * lag).clamp(max=40.0)
 
 
@@ -202,7 +218,7 @@ def _log_likelihood(model, windows):
         root = torch.linalg.cholesky(torch.where(both, K, identity))
         inverse = torch.cholesky_inverse(root)
         weight = (inverse @ value[..., None])[..., 0]
-        exact = -0.5 * (weight * value).sum(-1) - 0.5 * LOG_2PI * seen.sum(-1)
+        exact = -0.5 * (weight * value).sum(-1) - 0.5 * LOG_2PI * seen.to(K).sum(-1)
         exact -= root.diagonal(dim1=1, dim2=2).log().sum(-1)
         gradient = 0.5 * (weight[:, :, None] * weight[:, None, :] - inverse)
         gradient = torch.where(both, gradient, 0.0)
@@ -327,7 +343,7 @@ def _cycle_blocks(period, step, span, first, most):
     return [_Block("cycle", span, frequency, j + 1, first) for j in range(n)]
 
 
-def fit_process(panel, *, rng, window=160, n_windows=160, n_steps=80, batch=16):
+def fit_process(panel, *, rng, window=128, n_windows=160, n_steps=150, batch=16):
     """Learn a linear process from a panel.
 
     Parameters
@@ -350,7 +366,7 @@ def fit_process(panel, *, rng, window=160, n_windows=160, n_steps=80, batch=16):
     return _fit(panel, rng, False, window, n_windows, n_steps, batch)[1]
 
 
-def fit_warped_process(panel, *, rng, window=160, n_windows=160, n_steps=80, batch=16):
+def fit_warped_process(panel, *, rng, window=128, n_windows=160, n_steps=150, batch=16):
     """Learn a warp of the channels and a linear process of the warped panel.
 
     Parameters are as for ``fit_process``.

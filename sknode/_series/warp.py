@@ -13,10 +13,10 @@ __all__ = ["Warp"]
 class Warp:
     """Powers of values over their centre, one for each side.
 
-    ``z = sign(y) * ((1 + abs(y)) ** p - 1) / p`` for ``y = (value - centre) / scale``, the
-    logarithm for p = 0: the two sides of I. Yeo & R. Johnson, "A new family of power
-    transformations to improve normality or symmetry" (2000), each with its own power, so
-    that skewness and heavy tails both can be taken out.
+    ``z = sign(y) * ((1 + abs(y)) ** p - 1) / p`` for ``y = (value - centre) / scale``,
+    the logarithm for p = 0: the two sides of I. Yeo & R. Johnson, "A new family of
+    power transformations to improve normality or symmetry" (2000), each with its own
+    power, so that skewness and heavy tails both can be taken out.
 
     Attributes
     ----------
