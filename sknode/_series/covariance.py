@@ -10,15 +10,14 @@ which is where slow parts and periods show.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from sknode._series.cycles import find_cycle
-from sknode._series.panel import Panel
 from sknode._series.state_space import LinearProcess
-from sknode._series.warp import Warp
+from sknode._series.warp import Warp, find_levels
 
 __all__ = ["fit_process", "fit_warped_process"]
 
@@ -30,6 +29,11 @@ RANK = 4
 # Up to this many channels every block has a process for each of them that is smooth.
 FEW = 8
 MOST_CYCLES, MOST_HARMONICS = 2, 6
+# Parts of a block with less variance than this are left out of the process.
+NEGLIGIBLE = 1e-6
+LEARNING_RATE = 0.1
+# Values further out, in robust standard deviations, are drawn in if nothing is warped.
+LIMIT = 8.0
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,11 @@ class _Model(torch.nn.Module):
     def power(self):
         """Powers of the warp, between 0 and 2."""
         return 2 * torch.sigmoid(self.power_)
+
+    def powers(self):
+        """Return the powers of the warp as an array, ones without a warp."""
+        power = self.power if self.warped else torch.ones_like(self.power_)
+        return power.detach().numpy()
 
     def tuning(self):
         """Return factors of frequencies; a cycle more or less over a span is large."""
@@ -194,10 +203,6 @@ class _Model(torch.nn.Module):
         return LinearProcess.from_blocks(centre + scale * mean, noise * scale**2, parts)
 
 
-# Variances below this share of a channel's are left out of the process.
-NEGLIGIBLE = 1e-6
-
-
 def _decay(rate, lag):
     """Return the exponent of a decay, cut off where numbers get subnormal, slow."""
     return (rate * lag).clamp(max=40.0)
@@ -262,6 +267,8 @@ def _draw_windows(panel, values, size, most, rng):
     stretches, half are whole rows drawn from spans of any length up to all.
     """
     rows, channels = np.nonzero(~np.isnan(values))
+    if not len(rows):
+        raise ValueError("the panel has no observed value")
     start = np.searchsorted(rows, panel.offsets)
     n_cells = np.diff(start)
     n_windows = np.where(n_cells > size, 2 * (n_cells // size + 1), n_cells > 0)
@@ -381,47 +388,41 @@ def fit_warped_process(panel, *, rng, window=128, n_windows=160, n_steps=150, ba
 
 
 def _fit(panel, rng, warped, window, n_windows, n_steps, batch):
+    """Learn a process without cycles, then add cycles as long as they pay."""
     generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
     centre, scale = _robust_scale(panel.values)
     values = (panel.values - centre) / scale
     if not warped:
-        values = np.clip(values, -8, 8)
+        values = np.clip(values, -LIMIT, LIMIT)
     step, span = _time_scales(panel)
-    windows = _draw_windows(panel, values, window, n_windows, rng)
     n_channels = values.shape[1]
-    blocks = _start_blocks(n_channels, step, span)
-    model = _Model(n_channels, blocks, warped, generator)
-    _learn(model, windows, n_steps, batch, 0.1, generator)
-    best = _evaluate(model, windows, batch)
+    zero, one = np.zeros(n_channels), np.ones(n_channels)
+    windows = _draw_windows(panel, values, window, n_windows, rng)
+
+    def learn(model):
+        _learn(model, windows, n_steps, batch, LEARNING_RATE, generator)
+        return _evaluate(model, windows, batch)
+
+    model = _Model(n_channels, _start_blocks(n_channels, step, span), warped, generator)
+    best = learn(model)
     most = MOST_HARMONICS if n_channels <= FEW else 2
     for _ in range(MOST_CYCLES):
-        warp = Warp(np.zeros(n_channels), np.ones(n_channels), _powers(model))
-        plain = model.process(np.zeros(n_channels), np.ones(n_channels))
-        observed = Panel(
-            panel.offsets, panel.time, warp.forward(values), panel.covariates
-        )
-        weight = -plain.log_density_and_gradient(observed)[1]
+        warp = Warp(zero, one, model.powers())
+        seen = replace(panel, values=warp.forward(values))
+        weight = -model.process(zero, one).log_density_and_gradient(seen)[1]
         period = find_cycle(panel, weight, step, rng)
         if period is None:
             break
         cycle = _cycle_blocks(period, step, span, len(model.blocks), most)
         larger = _Model(n_channels, model.blocks + cycle, warped, generator)
         larger.extend(model)
-        _learn(larger, windows, n_steps, batch, 0.1, generator)
-        score = _evaluate(larger, windows, batch)
+        score = learn(larger)
+        # Schwarz's criterion.
         n_new = len(cycle) * n_channels + 2
         if score < best + n_new * 0.5 * math.log(windows.n_cells):
             break
         model, best = larger, score
     if not warped:
         return None, model.process(centre, scale)
-    return (
-        Warp(centre, scale, _powers(model)),
-        model.process(np.zeros(n_channels), np.ones(n_channels)),
-    )
-
-
-def _powers(model):
-    if not model.warped:
-        return np.ones((2, model.log_own.shape[1]))
-    return model.power.detach().numpy()
+    levels = find_levels(panel.values)
+    return Warp(centre, scale, model.powers(), levels), model.process(zero, one)

@@ -10,7 +10,7 @@ from sknode._series import covariance
 from sknode._series.covariance import fit_process, fit_warped_process
 from sknode._series.panel import Panel
 from sknode._series.state_space import LinearProcess
-from sknode._series.warp import Warp
+from sknode._series.warp import Warp, find_levels
 
 
 def make_panel(values, time=None, offsets=None):
@@ -206,6 +206,19 @@ def test_little_data_gives_a_finite_process(fit, case):
     mean, variance = process.posterior(panel, panel)
     assert np.isfinite(mean).all() and np.isfinite(variance).all()
     assert (process.noise_variance > 0).all()
+
+
+def test_channels_of_few_values_are_snapped_to_them():
+    rng = np.random.default_rng(0)
+    values = np.stack([rng.integers(0, 3, 300) * 1.0, rng.normal(size=300)], axis=1)
+    levels = find_levels(values)
+    np.testing.assert_array_equal(levels[0], [0.0, 1.0, 2.0])
+    assert len(levels[1]) == 0
+    warp = Warp(np.zeros(2), np.ones(2), np.ones((2, 2)), levels)
+    guess = np.array([[0.4, 0.4], [1.6, 1.6], [-9.0, -9.0]])
+    np.testing.assert_array_equal(
+        warp.snap(guess), [[0.0, 0.4], [2.0, 1.6], [0.0, -9.0]]
+    )
 
 
 @pytest.mark.parametrize("power", [0.0, 0.4, 1.0, 1.7])
