@@ -12,6 +12,9 @@ from sknode._series.panel import Panel
 from sknode._series.state_space import LinearProcess
 from sknode._series.warp import Warp, find_levels
 
+# Less than by default, for speed.
+QUICK = {"n_steps": 60, "window": 64}
+
 
 def make_panel(values, time=None, offsets=None):
     """Return a panel, of one series with steps of one unless told otherwise."""
@@ -107,7 +110,7 @@ def test_learned_process_is_as_likely_as_the_true_one():
     rng = np.random.default_rng(0)
     time = np.sort(rng.uniform(0, 300, 300))
     train, test = (make_panel(draw(true, time, seed), time) for seed in (0, 1))
-    process = fit_process(train, rng=np.random.default_rng(0))
+    process = fit_process(train, rng=np.random.default_rng(0), **QUICK)
     loss = true.log_density(test)[0] - process.log_density(test)[0]
     # A hundredth of a nat per cell.
     assert loss < 0.02 * test.values.size
@@ -123,7 +126,7 @@ def test_period_is_found_and_carried_over_gaps(irregular):
     values = (wave + 0.1 * rng.normal(size=400))[:, None]
     values[200:260] = np.nan
     panel = make_panel(values, time)
-    process = fit_process(panel, rng=rng)
+    process = fit_process(panel, rng=rng, **QUICK)
     assert np.isclose(process.frequency, 2 * np.pi / 23, rtol=0.01).any()
     mean, _ = process.posterior(panel, panel)
     assert np.abs(mean[200:260, 0] - wave[200:260]).mean() < 0.1
@@ -133,7 +136,7 @@ def test_no_period_is_found_in_noise_with_memory():
     process = LinearProcess.from_blocks([0.0], [0.1], [("ou", [[1.0]], 0.05, 0.0)])
     for seed in range(3):
         panel = make_panel(draw(process, np.arange(500) * 1.0, seed))
-        learned = fit_process(panel, rng=np.random.default_rng(0))
+        learned = fit_process(panel, rng=np.random.default_rng(0), **QUICK)
         assert not learned.frequency.any()
 
 
@@ -144,7 +147,7 @@ def test_channels_inform_each_other():
     values = draw(true, np.arange(300) * 1.0, 0)
     seen, hidden = hide(values)
     panel = make_panel(seen)
-    process = fit_process(panel, rng=np.random.default_rng(0))
+    process = fit_process(panel, rng=np.random.default_rng(0), **QUICK)
     error = np.abs(process.posterior(panel, panel)[0] - values)[hidden].mean()
     assert error < 0.5 * np.abs(values)[hidden].mean()
 
@@ -152,7 +155,8 @@ def test_channels_inform_each_other():
 def test_same_generator_same_process():
     values = np.cumsum(np.random.default_rng(0).normal(size=(100, 2)), axis=0)
     one, two = (
-        fit_process(make_panel(values), rng=np.random.default_rng(3)) for _ in range(2)
+        fit_process(make_panel(values), rng=np.random.default_rng(3), **QUICK)
+        for _ in range(2)
     )
     for name, value in vars(one).items():
         np.testing.assert_array_equal(value, getattr(two, name))
@@ -164,7 +168,7 @@ def test_units_of_time_do_not_matter(unit):
     panel = make_panel(np.cumsum(rng.normal(size=(100, 1)), axis=0))
     scaled = dataclasses.replace(panel, time=panel.time * unit)
     means = [
-        fit_process(p, rng=np.random.default_rng(0)).posterior(p, p)[0]
+        fit_process(p, rng=np.random.default_rng(0), **QUICK).posterior(p, p)[0]
         for p in (panel, scaled)
     ]
     np.testing.assert_allclose(*means, atol=1e-6)
@@ -178,16 +182,19 @@ def test_nonsense_values_do_not_spoil_the_rest():
     bad = seen.copy()
     bad[[50, 180]] = 1e4
     panel = make_panel(bad)
-    warp, process = fit_warped_process(panel, rng=np.random.default_rng(0))
+    warp, process = fit_warped_process(panel, rng=np.random.default_rng(0), **QUICK)
     warped = dataclasses.replace(panel, values=warp.forward(bad))
     mean = warp.inverse(process.posterior(warped, warped)[0])
     far = hidden & (np.abs(time - 50) > 5)[:, None] & (np.abs(time - 180) > 5)[:, None]
     assert np.abs(mean - values)[far].mean() < 0.15
 
 
-@pytest.mark.parametrize(
-    "fit", [fit_process, lambda p, rng: fit_warped_process(p, rng=rng)[1]]
-)
+def fit_warped(panel, **options):
+    """Return the process of a warped panel."""
+    return fit_warped_process(panel, **options)[1]
+
+
+@pytest.mark.parametrize("fit", [fit_process, fit_warped])
 @pytest.mark.parametrize("case", ["one", "constant", "never", "empty", "same time"])
 def test_little_data_gives_a_finite_process(fit, case):
     values, offsets, time = np.random.default_rng(0).normal(size=(6, 2)), None, None
@@ -202,7 +209,7 @@ def test_little_data_gives_a_finite_process(fit, case):
     else:
         time = np.zeros(6)
     panel = make_panel(values, time, offsets)
-    process = fit(panel, rng=np.random.default_rng(0))
+    process = fit(panel, rng=np.random.default_rng(0), **QUICK)
     mean, variance = process.posterior(panel, panel)
     assert np.isfinite(mean).all() and np.isfinite(variance).all()
     assert (process.noise_variance > 0).all()
