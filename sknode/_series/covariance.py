@@ -1,24 +1,23 @@
 """How the parameters of a linear process are learned.
 
-The covariance of a :class:`~sknode._series.state_space.LinearProcess` is a sum of closed
-forms, so its parameters are learned as those of a Gaussian process: from windows of a few
-hundred cells of the table, whose marginal likelihoods are added up. Half of the windows
-are stretches of neighbouring rows, half are scattered over longer spans, which is where
-slow parts and periods show.
+The covariance of a :class:`~sknode._series.state_space.LinearProcess` is a sum of
+closed forms, so its parameters are learned as those of a Gaussian process: from windows
+of a hundred or so cells of the table, whose marginal likelihoods are added up. Half of
+the windows are stretches of neighbouring rows, half are scattered over longer spans,
+which is where slow parts and periods show.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from sknode._series.cycles import find_cycle
-from sknode._series.panel import Panel
 from sknode._series.state_space import LinearProcess
-from sknode._series.warp import Warp
+from sknode._series.warp import Warp, find_levels
 
 __all__ = ["fit_process", "fit_warped_process"]
 
@@ -30,6 +29,11 @@ RANK = 4
 # Up to this many channels every block has a process for each of them that is smooth.
 FEW = 8
 MOST_CYCLES, MOST_HARMONICS = 2, 6
+# Parts of a block with less variance than this are left out of the process.
+NEGLIGIBLE = 1e-6
+LEARNING_RATE = 0.1
+# Values further out, in robust standard deviations, are drawn in if nothing is warped.
+LIMIT = 8.0
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,13 @@ class _Model(torch.nn.Module):
         self.blocks, self.warped = blocks, warped
         n, rank = len(blocks), min(RANK, n_channels - 1)
         make = {"dtype": torch.float64}
+        # A cycle starts with much of the variance: from little it does not get away
+        # from where the other blocks explain it.
         share = torch.tensor(
-            [0.02 if block.kind == "cycle" else 1 / len(blocks) for block in blocks],
+            [
+                0.2 / b.harmonic if b.kind == "cycle" else 1 / len(blocks)
+                for b in blocks
+            ],
             **make,
         )
         mixing = torch.randn(n, n_channels, rank, generator=generator, **make)
@@ -84,7 +93,7 @@ class _Model(torch.nn.Module):
         self.log_own = parameter(0.5 * share.log()[:, None].repeat(1, n_channels))
         self.mixing = parameter(0.3 * share.sqrt()[:, None, None] * mixing)
         self.log_rate = parameter(torch.tensor(rates, **make))
-        self.log_shift = parameter(torch.zeros(n, **make))
+        self.shift = parameter(torch.zeros(n, **make))
         self.log_noise = parameter(torch.full((n_channels,), -1.5, **make))
         self.mean = parameter(torch.zeros(n_channels, **make))
         self.power_ = parameter(torch.zeros(2, n_channels, **make))
@@ -94,11 +103,27 @@ class _Model(torch.nn.Module):
         """Powers of the warp, between 0 and 2."""
         return 2 * torch.sigmoid(self.power_)
 
+    def powers(self):
+        """Return the powers of the warp as an array, ones without a warp."""
+        power = self.power if self.warped else torch.ones_like(self.power_)
+        return power.detach().numpy()
+
+    def tuning(self):
+        """Return factors of frequencies; a cycle more or less over a span is large."""
+        width = torch.tensor(
+            [
+                0.2 * 2 * math.pi / (b.frequency * b.scale) if b.frequency else 0.0
+                for b in self.blocks
+            ],
+            dtype=torch.float64,
+        )
+        return (width * self.shift).exp()
+
     def extend(self, other):
         """Take over what another model with fewer blocks has learned."""
         n = len(other.blocks)
         with torch.no_grad():
-            for name in ("log_own", "mixing", "log_rate", "log_shift"):
+            for name in ("log_own", "mixing", "log_rate", "shift"):
                 getattr(self, name)[:n] = getattr(other, name)
             for name in ("log_noise", "mean", "power_"):
                 getattr(self, name)[:] = getattr(other, name)
@@ -132,7 +157,7 @@ class _Model(torch.nn.Module):
             elif block.kind == "matern":
                 total = total + level * ((1 + decay) * (-decay).exp())
             elif block.kind == "cycle":
-                frequency = block.frequency * self.log_shift[block.first].exp()
+                frequency = block.frequency * self.tuning()[block.first]
                 angle = time * (frequency * block.harmonic)
                 wave = torch.stack([angle.cos(), angle.sin()], -1)
                 wave = level * (wave @ wave.mT)
@@ -159,7 +184,7 @@ class _Model(torch.nn.Module):
     def process(self, centre, scale):
         """Return the learned process, in units of ``scale`` around ``centre``."""
         with torch.no_grad():
-            rate, shift = self.log_rate.exp().numpy(), self.log_shift.exp().numpy()
+            rate, tuning = self.log_rate.exp().numpy(), self.tuning().numpy()
             own = (2 * self.log_own).exp().numpy()
             mixing, mean = self.mixing.numpy(), self.mean.numpy()
             noise = (2 * self.log_noise).exp().numpy() + FLOOR**2
@@ -171,19 +196,15 @@ class _Model(torch.nn.Module):
             if block.kind == "constant":
                 parts.append(("ou", loadings, 0.0, 0.0))
             elif block.kind == "cycle":
-                frequency = block.harmonic * block.frequency * shift[block.first]
+                frequency = block.harmonic * block.frequency * tuning[block.first]
                 parts.append(("cycle", loadings, rate[block.first], frequency))
             else:
                 parts.append((block.kind, loadings, rate[k], 0.0))
         return LinearProcess.from_blocks(centre + scale * mean, noise * scale**2, parts)
 
 
-# Variances below this share of a channel's are left out of the process.
-NEGLIGIBLE = 1e-6
-
-
 def _decay(rate, lag):
-    """Return the exponent of a decay, cut off before numbers become subnormal (slow)."""
+    """Return the exponent of a decay, cut off where numbers get subnormal, slow."""
     return (rate * lag).clamp(max=40.0)
 
 
@@ -202,7 +223,7 @@ def _log_likelihood(model, windows):
         root = torch.linalg.cholesky(torch.where(both, K, identity))
         inverse = torch.cholesky_inverse(root)
         weight = (inverse @ value[..., None])[..., 0]
-        exact = -0.5 * (weight * value).sum(-1) - 0.5 * LOG_2PI * seen.sum(-1)
+        exact = -0.5 * (weight * value).sum(-1) - 0.5 * LOG_2PI * seen.to(K).sum(-1)
         exact -= root.diagonal(dim1=1, dim2=2).log().sum(-1)
         gradient = 0.5 * (weight[:, :, None] * weight[:, None, :] - inverse)
         gradient = torch.where(both, gradient, 0.0)
@@ -246,6 +267,8 @@ def _draw_windows(panel, values, size, most, rng):
     stretches, half are whole rows drawn from spans of any length up to all.
     """
     rows, channels = np.nonzero(~np.isnan(values))
+    if not len(rows):
+        raise ValueError("the panel has no observed value")
     start = np.searchsorted(rows, panel.offsets)
     n_cells = np.diff(start)
     n_windows = np.where(n_cells > size, 2 * (n_cells // size + 1), n_cells > 0)
@@ -327,7 +350,7 @@ def _cycle_blocks(period, step, span, first, most):
     return [_Block("cycle", span, frequency, j + 1, first) for j in range(n)]
 
 
-def fit_process(panel, *, rng, window=160, n_windows=160, n_steps=80, batch=16):
+def fit_process(panel, *, rng, window=128, n_windows=160, n_steps=150, batch=16):
     """Learn a linear process from a panel.
 
     Parameters
@@ -350,7 +373,7 @@ def fit_process(panel, *, rng, window=160, n_windows=160, n_steps=80, batch=16):
     return _fit(panel, rng, False, window, n_windows, n_steps, batch)[1]
 
 
-def fit_warped_process(panel, *, rng, window=160, n_windows=160, n_steps=80, batch=16):
+def fit_warped_process(panel, *, rng, window=128, n_windows=160, n_steps=150, batch=16):
     """Learn a warp of the channels and a linear process of the warped panel.
 
     Parameters are as for ``fit_process``.
@@ -365,47 +388,41 @@ def fit_warped_process(panel, *, rng, window=160, n_windows=160, n_steps=80, bat
 
 
 def _fit(panel, rng, warped, window, n_windows, n_steps, batch):
+    """Learn a process without cycles, then add cycles as long as they pay."""
     generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
     centre, scale = _robust_scale(panel.values)
     values = (panel.values - centre) / scale
     if not warped:
-        values = np.clip(values, -8, 8)
+        values = np.clip(values, -LIMIT, LIMIT)
     step, span = _time_scales(panel)
-    windows = _draw_windows(panel, values, window, n_windows, rng)
     n_channels = values.shape[1]
-    blocks = _start_blocks(n_channels, step, span)
-    model = _Model(n_channels, blocks, warped, generator)
-    _learn(model, windows, n_steps, batch, 0.1, generator)
-    best = _evaluate(model, windows, batch)
+    zero, one = np.zeros(n_channels), np.ones(n_channels)
+    windows = _draw_windows(panel, values, window, n_windows, rng)
+
+    def learn(model):
+        _learn(model, windows, n_steps, batch, LEARNING_RATE, generator)
+        return _evaluate(model, windows, batch)
+
+    model = _Model(n_channels, _start_blocks(n_channels, step, span), warped, generator)
+    best = learn(model)
     most = MOST_HARMONICS if n_channels <= FEW else 2
     for _ in range(MOST_CYCLES):
-        warp = Warp(np.zeros(n_channels), np.ones(n_channels), _powers(model))
-        plain = model.process(np.zeros(n_channels), np.ones(n_channels))
-        observed = Panel(
-            panel.offsets, panel.time, warp.forward(values), panel.covariates
-        )
-        weight = -plain.log_density_and_gradient(observed)[1]
+        warp = Warp(zero, one, model.powers())
+        seen = replace(panel, values=warp.forward(values))
+        weight = -model.process(zero, one).log_density_and_gradient(seen)[1]
         period = find_cycle(panel, weight, step, rng)
         if period is None:
             break
         cycle = _cycle_blocks(period, step, span, len(model.blocks), most)
         larger = _Model(n_channels, model.blocks + cycle, warped, generator)
         larger.extend(model)
-        _learn(larger, windows, n_steps, batch, 0.1, generator)
-        score = _evaluate(larger, windows, batch)
+        score = learn(larger)
+        # Schwarz's criterion.
         n_new = len(cycle) * n_channels + 2
         if score < best + n_new * 0.5 * math.log(windows.n_cells):
             break
         model, best = larger, score
     if not warped:
         return None, model.process(centre, scale)
-    return (
-        Warp(centre, scale, _powers(model)),
-        model.process(np.zeros(n_channels), np.ones(n_channels)),
-    )
-
-
-def _powers(model):
-    if not model.warped:
-        return np.ones((2, model.log_own.shape[1]))
-    return model.power.detach().numpy()
+    levels = find_levels(panel.values)
+    return Warp(centre, scale, model.powers(), levels), model.process(zero, one)

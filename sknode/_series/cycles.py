@@ -1,9 +1,10 @@
 """Periods of series, found in what a linear process does not explain.
 
-If ``w`` is the inverse covariance of the observations times their values, the gradient of
-the likelihood to the variance of a new cycle is half of ``abs(sum(w * exp(i f t)))**2``
-minus its expectation: the score test of C. R. Rao. The expectation varies slowly with the
-frequency, so a cycle is a peak over its neighbourhood.
+If ``w`` is the inverse covariance of the observations times their values, the gradient
+of the likelihood to the variance of a new cycle is half of
+``abs(sum(w * exp(i f t)))**2`` minus its expectation: the score test of C. R. Rao. The
+expectation varies slowly with the frequency, so a cycle is a peak over its
+neighbourhood.
 """
 
 from __future__ import annotations
@@ -62,9 +63,11 @@ def find_cycle(panel, weight, step, rng, most_series=64, level=1e-3):
 
 def _periodogram(panel, weight, step, rng, most_series):
     """Return summed power, of how many series and channels, and frequencies."""
-    spans = panel.time[panel.offsets[1:] - 1] - panel.time[panel.offsets[:-1]]
     counts = np.diff(panel.offsets)
-    spans = np.where(counts > 0, spans, 0.0)
+    spans = np.zeros(len(counts))
+    long = np.flatnonzero(counts)
+    spans[long] = panel.time[panel.offsets[long + 1] - 1]
+    spans[long] -= panel.time[panel.offsets[long]]
     span = spans.max()
     chosen = np.flatnonzero((spans > span / 2) & (counts >= 16))
     if not len(chosen):

@@ -3,10 +3,11 @@
 A :class:`LinearProcess` is a vector of channels, each a linear combination of
 independent stationary Gaussian processes that have a finite state: constants,
 Ornstein-Uhlenbeck processes, once differentiable ones (Matern 3/2) and damped
-oscillators. Everything here is exact and linear in the number of observations: the Kalman filter, one cell of the
-table after the other, and the smoother of Bryson and Frazier, which inverts nothing and
-needs no process noise (G. J. Bierman, "Fixed interval smoothing with discrete
-measurements", International Journal of Control 18, 1973).
+oscillators. Everything here is exact and linear in the number of observations: the
+Kalman filter, one cell of the table after the other, and the smoother of Bryson and
+Frazier, which inverts nothing and needs no process noise (G. J. Bierman, "Fixed
+interval smoothing with discrete measurements", International Journal of Control 18,
+1973).
 """
 
 from __future__ import annotations

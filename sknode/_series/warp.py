@@ -6,28 +6,31 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Warp"]
+__all__ = ["Warp", "find_levels"]
 
 
 @dataclass(frozen=True)
 class Warp:
     """Powers of values over their centre, one for each side.
 
-    ``z = sign(y) * ((1 + abs(y)) ** p - 1) / p`` for ``y = (value - centre) / scale``, the
-    logarithm for p = 0: the two sides of I. Yeo & R. Johnson, "A new family of power
-    transformations to improve normality or symmetry" (2000), each with its own power, so
-    that skewness and heavy tails both can be taken out.
+    ``z = sign(y) * ((1 + abs(y)) ** p - 1) / p`` for ``y = (value - centre) / scale``,
+    the logarithm for p = 0: the two sides of I. Yeo & R. Johnson, "A new family of
+    power transformations to improve normality or symmetry" (2000), each with its own
+    power, so that skewness and heavy tails both can be taken out.
 
     Attributes
     ----------
     centre, scale : ndarray of shape (n_channels,)
     power : ndarray of shape (2, n_channels)
         Below the centre and above it; 1 changes nothing.
+    levels : tuple of n_channels ndarrays
+        The values of a channel that takes few, sorted; empty for others.
     """
 
     centre: np.ndarray
     scale: np.ndarray
     power: np.ndarray
+    levels: tuple = ()
 
     def forward(self, values):
         """Return warped values, (..., n_channels)."""
@@ -47,8 +50,51 @@ class Warp:
         y = np.where(small, np.expm1(size), np.expm1(np.log1p(power * size) / power))
         return self.centre + self.scale * np.sign(warped) * y
 
+    def snap(self, values):
+        """Return values moved to the nearest level of their channel, if it has some.
+
+        Nearest in warped units, so that the snapped median of a Gaussian there is the
+        median of what its draws are snapped to.
+        """
+        snapped = np.array(values, float)
+        warped = self.forward(snapped)
+        for channel, levels in enumerate(self.levels):
+            if len(levels):
+                table = np.tile(self.centre, (len(levels), 1))
+                table[:, channel] = levels
+                ladder = self.forward(table)[:, channel]
+                step = np.searchsorted(
+                    (ladder[1:] + ladder[:-1]) / 2, warped[..., channel]
+                )
+                snapped[..., channel] = levels[step]
+        return snapped
+
     def log_slope(self, values):
         """Return the logarithm of the derivative of ``forward``."""
         y = (values - self.centre) / self.scale
         power = np.where(y < 0, *self.power)
         return (power - 1) * np.log1p(np.abs(y)) - np.log(self.scale)
+
+
+def find_levels(values, most=20, repeats=10):
+    """Return the values of channels that take few, each seen many times on average.
+
+    Parameters
+    ----------
+    values : ndarray of shape (n_rows, n_channels)
+    most : int
+        Levels of a channel at most.
+    repeats : int
+        Observations per level at least.
+
+    Returns
+    -------
+    levels : tuple of n_channels ndarrays
+    """
+    found = []
+    for column in values.T:
+        column = column[~np.isnan(column)]
+        levels = np.unique(column)
+        few = len(levels) <= min(most, len(column) / repeats)
+        found.append(levels if few else levels[:0])
+    return tuple(found)

@@ -1,0 +1,241 @@
+"""Learning linear processes: likelihoods, periods, units, and bad data."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from sknode._series import covariance
+from sknode._series.covariance import fit_process, fit_warped_process
+from sknode._series.panel import Panel
+from sknode._series.state_space import LinearProcess
+from sknode._series.warp import Warp, find_levels
+
+# Less than by default, for speed.
+QUICK = {"n_steps": 60, "window": 64}
+
+
+def make_panel(values, time=None, offsets=None):
+    """Return a panel, of one series with steps of one unless told otherwise."""
+    n = len(values)
+    offsets = np.array([0, n]) if offsets is None else np.asarray(offsets)
+    time = np.arange(n) * 1.0 if time is None else time
+    return Panel(offsets, time, values, np.empty((n, 0)))
+
+
+def draw(process, time, seed):
+    """Return noisy draws of a process at the times of one series."""
+    rng = np.random.default_rng(seed)
+    empty = make_panel(np.full((len(time), len(process.mean)), np.nan), time)
+    path = process.sample(empty, empty, 1, rng)[0]
+    return path + np.sqrt(process.noise_variance) * rng.normal(size=path.shape)
+
+
+def hide(values, share=0.1, seed=0):
+    """Return values with some hidden, and which."""
+    hidden = np.random.default_rng(seed).random(values.shape) < share
+    return np.where(hidden, np.nan, values), hidden
+
+
+@pytest.fixture
+def learned():
+    """A model of two channels with all kinds of blocks, away from its start."""
+    blocks = [
+        *covariance._start_blocks(2, 1.0, 20.0),
+        *covariance._cycle_blocks(5.0, 1.0, 20.0, 5, 2),
+    ]
+    generator = torch.Generator().manual_seed(0)
+    model = covariance._Model(2, blocks, True, generator)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter += 0.3 * noise
+    return model
+
+
+def make_windows(seed=0, n=9):
+    """Return two windows of two channels, one of them padded."""
+    rng = np.random.default_rng(seed)
+    channel = rng.integers(0, 2, (2, n))
+    channel[1, -3:] = -1
+    value = np.where(channel >= 0, rng.normal(size=(2, n)), 0.0)
+    time = np.where(channel >= 0, np.sort(rng.uniform(0, 9, (2, n))), 0.0)
+    parts = (torch.as_tensor(part) for part in (time, channel, value))
+    return covariance._Windows(*parts)
+
+
+def test_likelihood_of_windows_is_that_of_the_process(learned, monkeypatch):
+    monkeypatch.setattr(covariance, "NEGLIGIBLE", 0.0)
+    windows = make_windows()
+    warp = Warp(np.zeros(2), np.ones(2), learned.power.detach().numpy())
+    process = learned.process(np.zeros(2), np.ones(2))
+    likelihood = covariance._log_likelihood(learned, windows).detach().numpy()
+    for k in range(2):
+        time, channel, value = (
+            part[k].numpy() for part in (windows.time, windows.channel, windows.value)
+        )
+        seen = channel >= 0
+        values = np.full((seen.sum(), 2), np.nan)
+        values[np.arange(seen.sum()), channel[seen]] = value[seen]
+        panel = make_panel(warp.forward(values), time[seen])
+        expected = process.log_density(panel)[0] + np.nansum(warp.log_slope(values))
+        np.testing.assert_allclose(likelihood[k], expected, rtol=1e-9)
+
+
+def test_gradient_of_the_likelihood_is_exact(learned):
+    windows = make_windows()
+    parameters = list(learned.parameters())
+
+    def likelihood(*_):
+        return covariance._log_likelihood(learned, windows)
+
+    likelihood().sum().backward()
+    for parameter in parameters:
+        flat, slope = parameter.data.view(-1), parameter.grad.view(-1)
+        for k in range(0, len(flat), 3):
+            values = []
+            for step in (-1e-5, 1e-5):
+                flat[k] += step
+                values.append(float(likelihood().sum().detach()))
+                flat[k] -= step
+            difference = (values[1] - values[0]) / 2e-5
+            np.testing.assert_allclose(slope[k], difference, rtol=1e-5, atol=1e-6)
+
+
+def test_learned_process_is_as_likely_as_the_true_one():
+    true = LinearProcess.from_blocks(
+        [0.0, 0.0], [0.05, 0.1], [("ou", [[1.0, 0.0], [0.8, 0.6]], 0.1, 0.0)]
+    )
+    rng = np.random.default_rng(0)
+    time = np.sort(rng.uniform(0, 300, 300))
+    train, test = (make_panel(draw(true, time, seed), time) for seed in (0, 1))
+    process = fit_process(train, rng=np.random.default_rng(0), **QUICK)
+    loss = true.log_density(test)[0] - process.log_density(test)[0]
+    # A hundredth of a nat per cell.
+    assert loss < 0.02 * test.values.size
+
+
+@pytest.mark.parametrize("irregular", [False, True])
+def test_period_is_found_and_carried_over_gaps(irregular):
+    rng = np.random.default_rng(0)
+    time = np.arange(400) * 1.0
+    if irregular:
+        time = np.sort(rng.uniform(0, 400, 400))
+    wave = np.sin(2 * np.pi * time / 23.0) + 0.5 * np.cos(4 * np.pi * time / 23.0)
+    values = (wave + 0.1 * rng.normal(size=400))[:, None]
+    values[200:260] = np.nan
+    panel = make_panel(values, time)
+    process = fit_process(panel, rng=rng, **QUICK)
+    assert np.isclose(process.frequency, 2 * np.pi / 23, rtol=0.01).any()
+    mean, _ = process.posterior(panel, panel)
+    assert np.abs(mean[200:260, 0] - wave[200:260]).mean() < 0.1
+
+
+def test_no_period_is_found_in_noise_with_memory():
+    process = LinearProcess.from_blocks([0.0], [0.1], [("ou", [[1.0]], 0.05, 0.0)])
+    for seed in range(3):
+        panel = make_panel(draw(process, np.arange(500) * 1.0, seed))
+        learned = fit_process(panel, rng=np.random.default_rng(0), **QUICK)
+        assert not learned.frequency.any()
+
+
+def test_channels_inform_each_other():
+    true = LinearProcess.from_blocks(
+        [0.0, 0.0], [0.02, 0.02], [("ou", [[1.0], [-1.0]], 2.0, 0.0)]
+    )
+    values = draw(true, np.arange(300) * 1.0, 0)
+    seen, hidden = hide(values)
+    panel = make_panel(seen)
+    process = fit_process(panel, rng=np.random.default_rng(0), **QUICK)
+    error = np.abs(process.posterior(panel, panel)[0] - values)[hidden].mean()
+    assert error < 0.5 * np.abs(values)[hidden].mean()
+
+
+def test_same_generator_same_process():
+    values = np.cumsum(np.random.default_rng(0).normal(size=(100, 2)), axis=0)
+    one, two = (
+        fit_process(make_panel(values), rng=np.random.default_rng(3), **QUICK)
+        for _ in range(2)
+    )
+    for name, value in vars(one).items():
+        np.testing.assert_array_equal(value, getattr(two, name))
+
+
+@pytest.mark.parametrize("unit", [2.0**30, 2.0**-30])
+def test_units_of_time_do_not_matter(unit):
+    rng = np.random.default_rng(0)
+    panel = make_panel(np.cumsum(rng.normal(size=(100, 1)), axis=0))
+    scaled = dataclasses.replace(panel, time=panel.time * unit)
+    means = [
+        fit_process(p, rng=np.random.default_rng(0), **QUICK).posterior(p, p)[0]
+        for p in (panel, scaled)
+    ]
+    np.testing.assert_allclose(*means, atol=1e-6)
+
+
+def test_nonsense_values_do_not_spoil_the_rest():
+    rng = np.random.default_rng(0)
+    time = np.arange(300) * 1.0
+    values = np.sin(time / 20)[:, None] + 0.05 * rng.normal(size=(300, 1))
+    seen, hidden = hide(values)
+    bad = seen.copy()
+    bad[[50, 180]] = 1e4
+    panel = make_panel(bad)
+    warp, process = fit_warped_process(panel, rng=np.random.default_rng(0), **QUICK)
+    warped = dataclasses.replace(panel, values=warp.forward(bad))
+    mean = warp.inverse(process.posterior(warped, warped)[0])
+    far = hidden & (np.abs(time - 50) > 5)[:, None] & (np.abs(time - 180) > 5)[:, None]
+    assert np.abs(mean - values)[far].mean() < 0.15
+
+
+def fit_warped(panel, **options):
+    """Return the process of a warped panel."""
+    return fit_warped_process(panel, **options)[1]
+
+
+@pytest.mark.parametrize("fit", [fit_process, fit_warped])
+@pytest.mark.parametrize("case", ["one", "constant", "never", "empty", "same time"])
+def test_little_data_gives_a_finite_process(fit, case):
+    values, offsets, time = np.random.default_rng(0).normal(size=(6, 2)), None, None
+    if case == "one":
+        values = np.array([[1.0, np.nan]])
+    elif case == "constant":
+        values[:, 1] = 3.0
+    elif case == "never":
+        values[:, 1] = np.nan
+    elif case == "empty":
+        offsets = [0, 0, 4, 4, 6, 6]
+    else:
+        time = np.zeros(6)
+    panel = make_panel(values, time, offsets)
+    process = fit(panel, rng=np.random.default_rng(0), **QUICK)
+    mean, variance = process.posterior(panel, panel)
+    assert np.isfinite(mean).all() and np.isfinite(variance).all()
+    assert (process.noise_variance > 0).all()
+
+
+def test_channels_of_few_values_are_snapped_to_them():
+    rng = np.random.default_rng(0)
+    values = np.stack([rng.integers(0, 3, 300) * 1.0, rng.normal(size=300)], axis=1)
+    levels = find_levels(values)
+    np.testing.assert_array_equal(levels[0], [0.0, 1.0, 2.0])
+    assert len(levels[1]) == 0
+    warp = Warp(np.zeros(2), np.ones(2), np.ones((2, 2)), levels)
+    guess = np.array([[0.4, 0.4], [1.6, 1.6], [-9.0, -9.0]])
+    np.testing.assert_array_equal(
+        warp.snap(guess), [[0.0, 0.4], [2.0, 1.6], [0.0, -9.0]]
+    )
+
+
+@pytest.mark.parametrize("power", [0.0, 0.4, 1.0, 1.7])
+def test_warp_has_an_inverse_and_a_slope(power):
+    warp = Warp(
+        np.array([1.0]), np.array([2.0]), np.array([[power], [1.0 - power / 2]])
+    )
+    values = np.linspace(-30, 40, 101)[:, None]
+    warped = warp.forward(values)
+    assert (np.diff(warped, axis=0) > 0).all()
+    np.testing.assert_allclose(warp.inverse(warped), values, rtol=1e-10, atol=1e-10)
+    slope = (warp.forward(values + 1e-6) - warp.forward(values - 1e-6)) / 2e-6
+    np.testing.assert_allclose(np.exp(warp.log_slope(values)), slope, rtol=1e-6)
