@@ -138,13 +138,13 @@ def make_spirals(
 
 
 def _spiral(angle, clockwise):
-    """Return the points of a spiral (n, 2), as torchdiffeq's example has them."""
+    """Return the points (..., 2) of a spiral, as torchdiffeq's example has them."""
     if clockwise:
-        angle = angle[-1] + 1 - angle
+        angle = 2 * np.pi * CURVE_TURNS + 1 - angle
         radius, centre = 50 * GROWTH / angle, -5.0
     else:
         radius, centre = GROWTH * angle, 5.0
-    return np.stack([radius * np.cos(angle) + centre, radius * np.sin(angle)], 1)
+    return np.stack([radius * np.cos(angle) + centre, radius * np.sin(angle)], -1)
 
 
 def load_co2():
