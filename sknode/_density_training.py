@@ -237,6 +237,7 @@ class FlowTrainer:
                 logs = _log_density(average.module, few)
                 return float(np.average(logs, weights=shares))
 
+            current.start = validate()
             before = _log_density(flow, held_out, REFINEMENT)
         optimizer = make_optimizer(flow, recipe)
         data = (rows, conditions)

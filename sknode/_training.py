@@ -61,6 +61,7 @@ class History:
     loss: list[float] = field(default_factory=list)
     nfe: list[float] = field(default_factory=list)
     validation: list[float] = field(default_factory=list)
+    start: float = -math.inf  # score before training, if known
     last_progress: float = -math.inf  # score, or loss with a minus, of that epoch
     stale: int = 0  # epochs without progress
     fall: int = 0  # epochs at the end in which the learning rate falls, once known
@@ -347,6 +348,8 @@ def has_finished(recipe: Recipe, history: History, validated: bool) -> bool:
     at_limit = min(fall, recipe.max_iter // 3)
     if history.stale > recipe.n_iter_no_change:
         history.converged = True
+        if validated and max(history.validation) < history.start + recipe.tol:
+            return True  # there is no gain that a fall could secure
         history.fall, history.fallen = min(fall, left), 1
         if recipe.verbose:
             what = "Validation score" if validated else "Training loss"

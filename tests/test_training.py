@@ -32,11 +32,11 @@ def make_network():
         return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
 
 
-def run(recipe, n=40, network=None):
+def run(recipe, n=40, network=None, history=None, **options):
     """Train; return the learning rates, the number of rows seen, and the history."""
     network = network or make_network()
     optimizer = make_optimizer(network, recipe)
-    rates, seen, history = [], [], History()
+    rates, seen, history = [], [], history or History()
 
     def objective(x):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -48,7 +48,7 @@ def run(recipe, n=40, network=None):
     arguments = (x,), torch.ones(n), objective, optimizer, recipe, generator, history
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        train(network, *arguments)
+        train(network, *arguments, **options)
     return rates, seen, history
 
 
@@ -121,6 +121,16 @@ def test_learning_rate_falls_for_a_share_of_the_epochs_before():
     assert history.converged
     assert falling == 2 * constant
     assert np.all(np.diff(rates[constant:]) < 0)
+
+
+@pytest.mark.parametrize(("start", "n_falling"), [(0.0, 3), (1.0, 0)])
+def test_training_that_gains_nothing_ends_without_a_fall(start, n_falling):
+    settings = {"tol": 0.1, "n_iter_no_change": 3, "max_iter": 100, "batch_size": 40}
+    recipe = Recipe(**{**vars(RECIPE), **settings})
+    history = History(start=start)
+    rates, _, _ = run(recipe, history=history, validate=lambda: 1.0)
+    assert history.converged
+    assert len(rates) - rates.count(0.01) == n_falling
 
 
 def test_epochs_of_some_rows_draw_them_anew():
