@@ -909,7 +909,8 @@ class LatentODEImputer(OneToOneFeatureMixin, TransformerMixin, BaseLatentODE):
         Returns
         -------
         DataFrame or ndarray
-            The same table without holes: an array if X was none.
+            The same table without holes: an array if X was none. Channels of few
+            different values, such as counts and stages, are filled with one of these.
         """
         return self.impute(X)
 
@@ -937,7 +938,7 @@ class LatentODEImputer(OneToOneFeatureMixin, TransformerMixin, BaseLatentODE):
             query = _take_rows(rows, asked)
             predictive = self._predict_rows(context, codes[asked], query)
             hole = np.isnan(values[asked])
-            values[asked] = np.where(hole, predictive.at(0.0), values[asked])
+            values[asked] = np.where(hole, predictive.point(), values[asked])
             deviation[asked] = np.where(hole, predictive.spread(), 0.0)
         filled = self._layout.write(X, values)
         if not return_std:

@@ -147,7 +147,7 @@ def _judge(panel, kept, kinds, candidates) -> Fitted:
     truth, cells, kinds = panel.values[rows], hidden[rows], kinds[rows]
     predictions = [model.predict(mean, kept, query) for model, mean in candidates]
     errors = [
-        np.abs(model.inverse(mean) - truth)
+        np.abs(model.point(mean) - truth)
         for (model, _), (mean, _) in zip(candidates, predictions, strict=True)
     ]
     chosen = 0

@@ -55,6 +55,14 @@ class SeriesModel:
         """Return values from warped ones."""
         return values if self.warp is None else self.warp.inverse(values)
 
+    def point(self, values):
+        """Return the values that warped centres stand for: of channels with few values
+        one of these.
+        """
+        if self.warp is None:
+            return values
+        return self.warp.snap(self.warp.inverse(values))
+
     def paths(self, mean, context: Panel, query: Panel):
         """Return paths of the network (n_draws, n_rows, n_channels), or zeros.
 
@@ -144,6 +152,10 @@ class Predictive:
         """Return values at so many standard deviations from the centre."""
         scaled = self.model.inverse(self.mean + z * self.std)
         return self.scaling.inverse(scaled, self.inputs)
+
+    def point(self):
+        """Return one value for every cell."""
+        return self.scaling.inverse(self.model.point(self.mean), self.inputs)
 
     def spread(self):
         """Return half of the distance between one standard deviation on either side,

@@ -21,6 +21,9 @@ WARM_UP = 0.25
 # Share of the time of a series that training starts with, and share of the updates
 # after which it is all of it: a path that is wrong late is learned late.
 HORIZON, GROWTH = 0.2, 0.4
+# Share of the updates in which the noise is held at what it starts from: noise that is
+# learned while predictions are bad grows until nothing is left to learn from them.
+HELD = 0.4
 # Nats of a latent dimension, on average over a batch, that cost nothing.
 FREE_NATS = 0.05
 # What the moving average of the weights keeps in an update.
@@ -128,6 +131,7 @@ class Trainer:
             nonlocal n_updates
             progress = n_updates / total
             n_updates += 1
+            network.log_noise.requires_grad_(progress >= HELD)
             horizon = HORIZON + (1 - HORIZON) * progress / GROWTH
             weight = self.kl_weight * min(1.0, progress / WARM_UP)
             return self._loss(series[rows].begin(horizon), weight, n_cells)
