@@ -131,7 +131,8 @@ class LatentODERegressor(RegressorMixin, BaseLatentODE):
     n_outputs_ : int
         Number of channels.
     module_ : LatentODENetwork or None
-        The latent ODE; None if values that were hidden are predicted no better with it.
+        The latent ODE; None if values that were hidden are predicted no better with it,
+        neither between observations nor beyond them.
     time_unit_ : float
         Span of a typical series, in seconds or in the units of a numeric time.
     n_iter_ : int
@@ -168,7 +169,7 @@ class LatentODERegressor(RegressorMixin, BaseLatentODE):
     >>> from sknode import LatentODERegressor
     >>> t = np.sort(np.random.default_rng(0).uniform(0, 20, size=(80, 1)), axis=0)
     >>> y = np.sin(t[:, 0])
-    >>> model = LatentODERegressor(max_iter=5, random_state=0).fit(t, y)
+    >>> model = LatentODERegressor(tol=1.0, n_iter_no_change=1, random_state=0).fit(t, y)
     >>> mean, std = model.predict([[3.0], [40.0]], return_std=True)
     >>> bool(abs(mean[0] - np.sin(3.0)) < 0.1), bool(std[0] < std[1])
     (True, True)
@@ -759,7 +760,8 @@ class LatentODEImputer(OneToOneFeatureMixin, TransformerMixin, BaseLatentODE):
     feature_names_in_ : ndarray of shape (n_features_in_,)
         Their names, if they are strings.
     module_ : LatentODENetwork or None
-        The latent ODE; None if values that were hidden are predicted no better with it.
+        The latent ODE; None if values that were hidden are predicted no better with it,
+        neither between observations nor beyond them.
     time_unit_ : float
         Span of a typical series, in seconds or in the units of a numeric time.
     n_iter_ : int
@@ -799,7 +801,8 @@ class LatentODEImputer(OneToOneFeatureMixin, TransformerMixin, BaseLatentODE):
     >>> days = pd.date_range("2026-01-01", periods=60, freq="D")
     >>> table = pd.DataFrame({"level": np.sin(np.arange(60) / 5)}, index=days)
     >>> table.iloc[20:25] = np.nan
-    >>> filled = LatentODEImputer(max_iter=5, random_state=0).fit_transform(table)
+    >>> imputer = LatentODEImputer(tol=1.0, n_iter_no_change=1, random_state=0)
+    >>> filled = imputer.fit_transform(table)
     >>> int(filled.isna().sum().sum()), filled.index.equals(table.index)
     (0, True)
     """
