@@ -169,7 +169,8 @@ class LatentODERegressor(RegressorMixin, BaseLatentODE):
     >>> from sknode import LatentODERegressor
     >>> t = np.sort(np.random.default_rng(0).uniform(0, 20, size=(80, 1)), axis=0)
     >>> y = np.sin(t[:, 0])
-    >>> model = LatentODERegressor(tol=1.0, n_iter_no_change=1, random_state=0).fit(t, y)
+    >>> model = LatentODERegressor(tol=1.0, n_iter_no_change=1, random_state=0)
+    >>> model = model.fit(t, y)
     >>> mean, std = model.predict([[3.0], [40.0]], return_std=True)
     >>> bool(abs(mean[0] - np.sin(3.0)) < 0.1), bool(std[0] < std[1])
     (True, True)
