@@ -141,6 +141,8 @@ class BaseLatentODE(BaseODEEstimator):
 
     def _train(self, pieces, history, seed, device, context, X, y):
         """Train a network on windows of series; return it with its settings."""
+        before = getattr(self, "module_", None) if self.warm_start else None
+        config_before = getattr(self, "_module_config", None)
         self._module_config = {
             "n_channels": pieces.values.shape[1],
             "n_covariates": pieces.covariates.shape[1],
@@ -153,6 +155,13 @@ class BaseLatentODE(BaseODEEstimator):
             ),
         }
         network = self._new_module(self._module_config, torch.float32, device, seed)
+        if before is not None:
+            if config_before != self._module_config:
+                raise ValueError(
+                    "warm_start=True cannot go on from a fit with layers of other "
+                    "sizes. Use a new estimator."
+                )
+            network.load_state_dict(before.state_dict())
         rng = np.random.default_rng(seed)
         order = rng.permutation(np.flatnonzero(pieces.lengths > 0))
         n_held_out = 0

@@ -340,6 +340,18 @@ def test_solver_settings_are_read_again():
     assert 0 < difference < 1e-2
 
 
+def test_warm_start_goes_on_from_the_weights():
+    X, y = panel()
+    once = quick(series="series", residual=None, warm_start=True).fit(X, y)
+    first = once.loss_curve_
+    twice = once.fit(X, y)
+    fresh = quick(series="series", residual=None).fit(X, y)
+    assert fresh.loss_curve_ == first
+    assert twice.loss_curve_[0] < first[0]
+    with pytest.raises(ValueError, match="warm_start=True cannot go on"):
+        twice.set_params(latent_dim=3).fit(X, y)
+
+
 def test_pickled_it_predicts_the_same():
     X, _ = panel()
     again = pickle.loads(pickle.dumps(fitted()))
