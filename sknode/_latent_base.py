@@ -29,8 +29,8 @@ from sknode._warning import stacklevel_of_caller
 
 __all__ = ["BaseLatentODE"]
 
-# Updates an epoch that are aimed at, and series in a batch at most.
-N_UPDATES, LARGEST_BATCH = 8, 100
+# Updates an epoch that are aimed at, and series in one at most.
+N_UPDATES, EPOCH_SERIES = 16, 800
 # Time units of a typical series, for the latent ODE.
 SPAN = 8.0
 # Solves inside of training need not be more accurate than this.
@@ -80,6 +80,9 @@ class BaseLatentODE(BaseODEEstimator):
         """Return whether X may have missing values."""
         return get_tags(self).input_tags.allow_nan
 
+    # largest batch that is chosen by itself
+    _largest_batch = 50
+
     # --- fitting ----------------------------------------------------------------------
 
     def _fit_rows(self, rows, values, X, y):
@@ -115,7 +118,6 @@ class BaseLatentODE(BaseODEEstimator):
         fitted = fit_series(panel, self.residual is not None, train, fraction, rng)
         self._model, self._seed_ = fitted.model, seed
         self._context = panel
-        self.n_outputs_ = values.shape[1]
         self.module_ = None if fitted.mean is None else fitted.mean.network
         self._keep_scores(fitted, history)
         self._tell(fitted, values)
@@ -162,6 +164,7 @@ class BaseLatentODE(BaseODEEstimator):
             self._recipe(trained_on.n_series, self.max_iter, N_UPDATES),
             decays=True,
             gradient_bound=None,
+            epoch_rows=EPOCH_SERIES,
         )
         trainer = Trainer(
             network,

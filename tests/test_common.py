@@ -13,11 +13,19 @@ from sklearn.utils.estimator_checks import (
     parametrize_with_checks,
 )
 
-from sknode import CNFDensity, ODENetClassifier, ODENetRegressor
+from sknode import (
+    CNFDensity,
+    LatentODEImputer,
+    LatentODERegressor,
+    ODENetClassifier,
+    ODENetRegressor,
+)
 
 # short trainings: the checks ask for a little accuracy on easy data
 ESTIMATORS = [
     CNFDensity(max_iter=10),
+    LatentODEImputer(max_iter=2),
+    LatentODERegressor(max_iter=2),
     ODENetClassifier(max_iter=40),
     ODENetRegressor(max_iter=40),
 ]
@@ -28,6 +36,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:y_pred contains classes:UserWarning"),
     # they have iris, with few different values, and redundant columns
     pytest.mark.filterwarnings("ignore:X has columns:UserWarning"),
+    # they have rows in no order of time, and few of them
+    pytest.mark.filterwarnings("ignore:.* is better than LatentODE:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Only .* observed:UserWarning"),
 ]
 
 

@@ -17,7 +17,7 @@ import torch
 
 from sknode._series.cycles import find_cycle
 from sknode._series.state_space import LinearProcess
-from sknode._series.warp import Warp, find_levels
+from sknode._series.warp import Warp, find_bounds, find_levels
 
 __all__ = ["fit_process", "fit_warped_process"]
 
@@ -32,8 +32,6 @@ MOST_CYCLES, MOST_HARMONICS = 2, 6
 # Parts of a block with less variance than this are left out of the process.
 NEGLIGIBLE = 1e-6
 LEARNING_RATE = 0.1
-# Values further out, in robust standard deviations, are drawn in if nothing is warped.
-LIMIT = 8.0
 
 
 @dataclass(frozen=True)
@@ -382,7 +380,7 @@ def fit_warped_process(panel, *, rng, window=128, n_windows=160, n_steps=150, ba
     -------
     warp : Warp
     process : LinearProcess
-        For ``warp.forward(panel.values)``.
+        For ``warp.forward(warp.limit(panel.values))``.
     """
     return _fit(panel, rng, True, window, n_windows, n_steps, batch)
 
@@ -391,9 +389,8 @@ def _fit(panel, rng, warped, window, n_windows, n_steps, batch):
     """Learn a process without cycles, then add cycles as long as they pay."""
     generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
     centre, scale = _robust_scale(panel.values)
-    values = (panel.values - centre) / scale
-    if not warped:
-        values = np.clip(values, -LIMIT, LIMIT)
+    bounds = find_bounds(panel.values, centre, scale)
+    values = (np.clip(panel.values, *bounds) - centre) / scale
     step, span = _time_scales(panel)
     n_channels = values.shape[1]
     zero, one = np.zeros(n_channels), np.ones(n_channels)
@@ -407,7 +404,7 @@ def _fit(panel, rng, warped, window, n_windows, n_steps, batch):
     best = learn(model)
     most = MOST_HARMONICS if n_channels <= FEW else 2
     for _ in range(MOST_CYCLES):
-        warp = Warp(zero, one, model.powers())
+        warp = Warp(zero, one, model.powers(), (bounds - centre) / scale)
         seen = replace(panel, values=warp.forward(values))
         weight = -model.process(zero, one).log_density_and_gradient(seen)[1]
         period = find_cycle(panel, weight, step, rng)
@@ -424,5 +421,5 @@ def _fit(panel, rng, warped, window, n_windows, n_steps, batch):
         model, best = larger, score
     if not warped:
         return None, model.process(centre, scale)
-    levels = find_levels(panel.values)
-    return Warp(centre, scale, model.powers(), levels), model.process(zero, one)
+    warp = Warp(centre, scale, model.powers(), bounds, find_levels(panel.values))
+    return warp, model.process(zero, one)

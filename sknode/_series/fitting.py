@@ -10,7 +10,7 @@ import numpy as np
 from sknode._series.baselines import BASELINES
 from sknode._series.covariance import fit_process, fit_warped_process
 from sknode._series.hidden import KINDS, hide_cells
-from sknode._series.model import SeriesModel
+from sknode._series.model import SeriesModel, SwitchedModel, beyond_observations
 from sknode._series.panel import Panel
 from sknode._series.windows import Windows, window_rows
 
@@ -24,8 +24,10 @@ COVERAGE, Z_COVERAGE = 0.9, 1.6448536269514722
 INFLATION_RANGE = 0.5, 3.0
 # Hidden cells of a channel that count as much as those of all channels together do.
 PRIOR_CELLS = 50
-# A candidate is better if its errors are smaller by so many standard errors.
-CONFIDENCE = 1.0
+# A network is better than the process alone if its errors are smaller by so many
+# standard errors: between observations, and beyond them, where few cells can tell and a
+# process goes back to a mean.
+CONFIDENCE = 1.0, 0.0
 
 
 @dataclass
@@ -34,10 +36,10 @@ class Fitted:
 
     Attributes
     ----------
-    model : SeriesModel
+    model : SeriesModel or SwitchedModel
         The model.
     mean : object or None
-        The network with its settings; None where held-out cells are not better with it.
+        The network with its settings; None where no held-out cells are better with it.
     scores : dict of str to dict of str to float
         Mean absolute errors on the hidden cells, in scaled units: of the model and of
         the baselines, by kind of cell. Empty if none were hidden.
@@ -47,7 +49,7 @@ class Fitted:
         Share of the hidden cells in the intervals before they were corrected.
     """
 
-    model: SeriesModel
+    model: SeriesModel | SwitchedModel
     mean: object | None
     scores: dict = field(default_factory=dict)
     beaten_by: list = field(default_factory=list)
@@ -140,35 +142,54 @@ def _model(panel, warp, process, noise, rows_each, anchored):
 
 
 def _judge(panel, kept, kinds, candidates) -> Fitted:
-    """Choose the better candidate on hidden cells and correct its intervals."""
+    """Choose the better candidate on hidden cells and correct its intervals.
+
+    One between observations and one beyond them, if these are not the same.
+    """
     hidden = kinds > 0
     rows = hidden.any(1)
     query = _rows_of(kept, rows)
     truth, cells, kinds = panel.values[rows], hidden[rows], kinds[rows]
+    beyond = np.broadcast_to(beyond_observations(kept, query)[:, None], cells.shape)
     predictions = [model.predict(mean, kept, query) for model, mean in candidates]
     errors = [
         np.abs(model.point(mean) - truth)
         for (model, _), (mean, _) in zip(candidates, predictions, strict=True)
     ]
-    chosen = 0
-    if len(candidates) > 1 and _is_better(errors[1], errors[0], kinds):
-        chosen = 1
-    model, mean = candidates[chosen]
-    centre, std = predictions[chosen]
-    warped = truth if model.warp is None else model.warp.forward(truth)
-    deviation = np.abs(warped - centre) / std
-    inflation = _inflation(deviation, cells)
-    scores = {"model": _by_kind(errors[chosen], kinds)}
+    chosen, parts = [], []
+    regimes = cells & ~beyond, cells & beyond
+    for here, confidence in zip(regimes, CONFIDENCE, strict=True):
+        best = 0
+        if len(candidates) > 1 and _is_better(*errors[::-1], here, confidence):
+            best = 1
+        centre, std = predictions[best]
+        model = candidates[best][0]
+        warped = truth if model.warp is None else model.warp.forward(truth)
+        deviation = np.abs(warped - centre) / std
+        parts.append((errors[best], deviation, here))
+        if here.any():
+            model = replace(model, inflation=_inflation(deviation, here))
+        chosen.append((model, candidates[best][1]))
+    # what only one of the two was judged on, the other one takes over
+    for one, other in ((0, 1), (1, 0)):
+        if not parts[one][2].any():
+            chosen[one] = chosen[other]
+    inside, outside = parts
+    error = np.where(beyond, outside[0], inside[0])
+    deviation = np.where(beyond, outside[1], inside[1])
+    scores = {"model": _by_kind(error, kinds)}
     beaten_by = []
     for name, baseline in BASELINES.items():
-        error = np.abs(baseline(kept, query) - truth)
-        scores[name] = _by_kind(error, kinds)
+        theirs = np.abs(baseline(kept, query) - truth)
+        scores[name] = _by_kind(theirs, kinds)
         for kind, code in KINDS.items():
             here = kinds == code
-            if _clearly_less(error[here], errors[chosen][here]):
+            if _clearly_less(theirs[here], error[here]):
                 beaten_by.append((name, kind))
-    model = replace(model, inflation=inflation)
     coverage = float((deviation[cells] < Z_COVERAGE).mean())
+    models, means = zip(*chosen, strict=True)
+    mean = next((m for m in means if m is not None), None)
+    model = SwitchedModel(*models, tuple(m is not None for m in means))
     return Fitted(model, mean, scores, beaten_by, coverage)
 
 
@@ -189,19 +210,11 @@ def _by_kind(error, kinds):
     return means | {"all": float(error[kinds > 0].mean())}
 
 
-def _is_better(one, other, kinds):
-    """Return whether errors are smaller, each kind of cell counting the same."""
-    gains, variances = [], []
-    for code in KINDS.values():
-        here = kinds == code
-        if here.sum() > 1:
-            gain = other[here] - one[here]
-            scale = other[here].mean() + 1e-12
-            gains.append(gain.mean() / scale)
-            variances.append(gain.var() / len(gain) / scale**2)
-    if not gains:
-        return False
-    return np.mean(gains) > CONFIDENCE * np.sqrt(np.sum(variances)) / len(gains)
+def _is_better(one, other, cells, confidence):
+    """Return whether errors on some cells are smaller, by more than chance."""
+    gain = (other - one)[cells]
+    n = len(gain)
+    return n > 1 and gain.mean() > confidence * gain.std() / np.sqrt(n)
 
 
 def _clearly_less(one, other):

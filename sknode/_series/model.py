@@ -12,7 +12,7 @@ from sknode._series.state_space import LinearProcess
 from sknode._series.warp import Warp
 from sknode._series.windows import Windows
 
-__all__ = ["Predictive", "SeriesModel"]
+__all__ = ["Predictive", "SeriesModel", "SwitchedModel"]
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,75 @@ class SeriesModel:
 
 
 @dataclass(frozen=True)
+class SwitchedModel:
+    """One model between the observations of a series, another one beyond them.
+
+    Where values are dense a process that passes near them is hard to beat; ahead of the
+    last one a latent ODE may know what a process does not. Both pass near the
+    observations at the ends.
+
+    Attributes
+    ----------
+    inside, outside : SeriesModel
+        The models, with the same warp.
+    networks : tuple of bool
+        Which of the two uses the network.
+    """
+
+    inside: SeriesModel
+    outside: SeriesModel
+    networks: tuple
+
+    @property
+    def warp(self):
+        """The change of units of both."""
+        return self.inside.warp
+
+    def inverse(self, values):
+        """Return values from warped ones."""
+        return self.inside.inverse(values)
+
+    def point(self, values):
+        """Return the values that warped centres stand for."""
+        return self.inside.point(values)
+
+    def predict(self, mean, context: Panel, query: Panel):
+        """Return predictive means and standard deviations, as `SeriesModel.predict`."""
+        beyond = beyond_observations(context, query)[:, None]
+        inside, outside = (
+            model.predict(mean if network else None, context, query)
+            for model, network in self._both()
+        )
+        return tuple(
+            np.where(beyond, b, a) for a, b in zip(inside, outside, strict=True)
+        )
+
+    def sample(self, mean, context: Panel, query: Panel, n_draws, rng):
+        """Return paths, as `SeriesModel.sample`."""
+        beyond = beyond_observations(context, query)[:, None]
+        inside, outside = (
+            model.sample(mean if network else None, context, query, n_draws, rng)
+            for model, network in self._both()
+        )
+        return np.where(beyond, outside, inside)
+
+    def _both(self):
+        return zip((self.inside, self.outside), self.networks, strict=True)
+
+
+def beyond_observations(context: Panel, query: Panel) -> np.ndarray:
+    """Return which rows of a query (n_rows,) are before or after what is observed."""
+    some = context.observed.any(axis=1)
+    series = context.series_of_rows()[some]
+    first = np.full(context.n_series, np.inf)
+    last = np.full(context.n_series, -np.inf)
+    np.minimum.at(first, series, context.time[some])
+    np.maximum.at(last, series, context.time[some])
+    asked = query.series_of_rows()
+    return (query.time < first[asked]) | (query.time > last[asked])
+
+
+@dataclass(frozen=True)
 class Predictive:
     """What is predicted of rows: independent normal distributions of warped values.
 
@@ -136,7 +205,7 @@ class Predictive:
         Their moments.
     inputs : ndarray of shape (n_rows, n_covariates)
         Scaled covariates.
-    model : SeriesModel
+    model : SeriesModel or SwitchedModel
         Has the warp.
     scaling : Scaling
         Has the units of y.
@@ -145,7 +214,7 @@ class Predictive:
     mean: np.ndarray
     std: np.ndarray
     inputs: np.ndarray
-    model: SeriesModel
+    model: SeriesModel | SwitchedModel
     scaling: Scaling
 
     def at(self, z):

@@ -37,8 +37,12 @@ class NeuralMean:
     seed: int
 
     def posterior(self, panel: Panel) -> Posterior:
-        """Return what is believed of the latent states of series."""
-        return posterior(self.network, panel, self.settings, seed=self.seed)
+        """Return what is believed of the latent states of series.
+
+        By the encoder alone: steps that raise a series' own bound fit its noise, and
+        forecasts by what they lead to are worse.
+        """
+        return posterior(self.network, panel, self.settings, n_steps=0)
 
     def paths(self, states: Posterior, query: Panel) -> np.ndarray:
         """Return the means of the channels (n_draws, n_rows, n_channels)."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Warp", "find_levels"]
+__all__ = ["Warp", "find_bounds", "find_levels"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class Warp:
     centre, scale : ndarray of shape (n_channels,)
     power : ndarray of shape (2, n_channels)
         Below the centre and above it; 1 changes nothing.
+    bounds : ndarray of shape (2, n_channels)
+        Values beyond are not believed, see ``limit``.
     levels : tuple of n_channels ndarrays
         The values of a channel that takes few, sorted; empty for others.
     """
@@ -30,7 +32,16 @@ class Warp:
     centre: np.ndarray
     scale: np.ndarray
     power: np.ndarray
+    bounds: np.ndarray
     levels: tuple = ()
+
+    def limit(self, values):
+        """Return values with those beyond the bounds moved onto them.
+
+        For observations that a process is conditioned on: one nonsense value would
+        otherwise spoil its neighbours in time, and all channels.
+        """
+        return np.clip(values, *self.bounds)
 
     def forward(self, values):
         """Return warped values, (..., n_channels)."""
@@ -74,6 +85,33 @@ class Warp:
         y = (values - self.centre) / self.scale
         power = np.where(y < 0, *self.power)
         return (power - 1) * np.log1p(np.abs(y)) - np.log(self.scale)
+
+
+def find_bounds(values, centre, scale, share=0.02, times=4.0, least=8.0):
+    """Return what values of channels have to be within to be believed.
+
+    Parameters
+    ----------
+    values : ndarray of shape (n_rows, n_channels)
+    centre, scale : ndarray of shape (n_channels,)
+        Robust ones.
+    share, times : float
+        Bounds are so many times as far from the centre as the quantiles of that share,
+        so that heavy tails have wide ones.
+    least : float
+        And at least so many scales from the centre.
+
+    Returns
+    -------
+    bounds : ndarray of shape (2, n_channels)
+    """
+    reach = np.tile(least * scale, (2, 1))
+    for channel, column in enumerate(values.T):
+        column = column[~np.isnan(column)]
+        if len(column):
+            tails = np.abs(np.quantile(column, [share, 1 - share]) - centre[channel])
+            reach[:, channel] = np.maximum(reach[:, channel], times * tails)
+    return centre + np.array([[-1.0], [1.0]]) * reach
 
 
 def find_levels(values, most=20, repeats=10):

@@ -214,7 +214,7 @@ def process(table, values):
     """The linear process; also return 90 % intervals."""
     panel = Panel(table.offsets, table.time, values, np.empty((len(values), 0)))
     warp, model = fit_warped_process(panel, rng=np.random.default_rng(0))
-    panel = replace(panel, values=warp.forward(values))
+    panel = replace(panel, values=warp.forward(warp.limit(values)))
     mean, variance = model.posterior(panel, panel)
     reach = 1.645 * np.sqrt(variance + model.noise_variance)
     ends = mean, mean - reach, mean + reach

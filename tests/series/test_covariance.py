@@ -14,6 +14,7 @@ from sknode._series.warp import Warp, find_levels
 
 # Less than by default, for speed.
 QUICK = {"n_steps": 60, "window": 64}
+BOUNDS = np.array([[-np.inf], [np.inf]])
 
 
 def make_panel(values, time=None, offsets=None):
@@ -68,7 +69,7 @@ def make_windows(seed=0, n=9):
 def test_likelihood_of_windows_is_that_of_the_process(learned, monkeypatch):
     monkeypatch.setattr(covariance, "NEGLIGIBLE", 0.0)
     windows = make_windows()
-    warp = Warp(np.zeros(2), np.ones(2), learned.power.detach().numpy())
+    warp = Warp(np.zeros(2), np.ones(2), learned.powers(), BOUNDS)
     process = learned.process(np.zeros(2), np.ones(2))
     likelihood = covariance._log_likelihood(learned, windows).detach().numpy()
     for k in range(2):
@@ -183,7 +184,7 @@ def test_nonsense_values_do_not_spoil_the_rest():
     bad[[50, 180]] = 1e4
     panel = make_panel(bad)
     warp, process = fit_warped_process(panel, rng=np.random.default_rng(0), **QUICK)
-    warped = dataclasses.replace(panel, values=warp.forward(bad))
+    warped = dataclasses.replace(panel, values=warp.forward(warp.limit(bad)))
     mean = warp.inverse(process.posterior(warped, warped)[0])
     far = hidden & (np.abs(time - 50) > 5)[:, None] & (np.abs(time - 180) > 5)[:, None]
     assert np.abs(mean - values)[far].mean() < 0.15
@@ -221,7 +222,7 @@ def test_channels_of_few_values_are_snapped_to_them():
     levels = find_levels(values)
     np.testing.assert_array_equal(levels[0], [0.0, 1.0, 2.0])
     assert len(levels[1]) == 0
-    warp = Warp(np.zeros(2), np.ones(2), np.ones((2, 2)), levels)
+    warp = Warp(np.zeros(2), np.ones(2), np.ones((2, 2)), BOUNDS, levels)
     guess = np.array([[0.4, 0.4], [1.6, 1.6], [-9.0, -9.0]])
     np.testing.assert_array_equal(
         warp.snap(guess), [[0.0, 0.4], [2.0, 1.6], [0.0, -9.0]]
