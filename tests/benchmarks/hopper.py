@@ -24,10 +24,11 @@ from sklearn.exceptions import ConvergenceWarning
 from sknode._network import SolverSettings
 from sknode._series.network import LatentODENetwork
 from sknode._series.panel import Panel
-from sknode._series.training import Trainer, posterior, predict_mean
+from sknode._series.training import Trainer, choose_steps, posterior, predict_mean
 from sknode._training import History, Recipe
 
 N_TRAIN, HALF = 800, 100
+EXACT = SolverSettings("dopri5", 1e-5, 1e-5, 10_000, "discrete", None)
 SHARES = (0.1, 0.2, 0.3, 0.5)
 PAPER = {
     "extrapolation, half": (1.441, 1.400, 1.175, 1.258),
@@ -43,7 +44,7 @@ def make_panel(time, values, given):
 
 
 def fit(values, times, seed, epochs):
-    """Return a trained network, in double precision."""
+    """Return a trained network, and the steps of refinement that suit it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = LatentODENetwork(values.shape[2], 0, 24, (128,), "silu", 64, (64,))
@@ -61,16 +62,16 @@ def fit(values, times, seed, epochs):
     settings = SolverSettings("dopri5", 1e-3, 1e-3, 10_000, "discrete", None)
     generator = torch.Generator().manual_seed(seed)
     trainer = Trainer(network, settings, recipe, generator, History())
-    trainer.fit(make_panel(times, values, np.ones(values.shape[:2], bool)))
-    return network.double()
+    panel = make_panel(times, values, np.ones(values.shape[:2], bool))
+    trainer.fit(panel)
+    return network.double(), choose_steps(network, panel, EXACT, generator)
 
 
-def predict(network, times, values, given, asked):
+def predict(network, n_steps, times, values, given, asked):
     """Return the means (n_series, n_times, n_channels) of the points asked for."""
-    settings = SolverSettings("dopri5", 1e-5, 1e-5, 10_000, "discrete", None)
-    q = posterior(network, make_panel(times, values, given), settings)
+    q = posterior(network, make_panel(times, values, given), EXACT, n_steps=n_steps)
     query = make_panel(times, np.full_like(values, np.nan), asked)
-    mean, _ = predict_mean(network, q, query, settings)
+    mean, _ = predict_mean(network, q, query, EXACT)
     return mean.reshape(len(values), -1, values.shape[2])
 
 
@@ -110,7 +111,7 @@ def main():
         mean, scale = train.mean((0, 1)), train.std((0, 1))
         values = (test - mean) / scale
         started = time.process_time()
-        network = fit((train - mean) / scale, times, seed, args.epochs)
+        model = fit((train - mean) / scale, times, seed, args.epochs)
         seconds = time.process_time() - started
         early = np.arange(n_times) < HALF
         errors = {
@@ -126,16 +127,18 @@ def main():
             asked = np.broadcast_to(~early, values.shape[:2])
             for name, first in (("half", HALF), ("third", n_times // 3)):
                 given = choose(len(test), n_times, first, share, rng)
-                found = predict(network, times, values, given, asked)
+                found = predict(*model, times, values, given, asked)
                 error = (found - values[:, HALF:]) * scale
                 errors[f"extrapolation, {name}"].append((error**2).mean())
             given = choose(len(test), n_times, HALF, share, rng)
-            found = predict(network, times, values, given, ~asked)
+            found = predict(*model, times, values, given, ~asked)
             lines = interpolate(times, values, given)
             for name, x in (("", found), ("linear ", lines)):
                 error = (x - values[:, :HALF]) * scale
                 errors[f"{name}interpolation"].append((error**2).mean())
-        print(f"seed {seed}, {seconds:.0f} CPU s of training")
+        print(
+            f"seed {seed}, {seconds:.0f} CPU s of training, {model[1]} steps of refinement"
+        )
         print(f"{'':24s}" + "".join(f"{share:8.0%}" for share in SHARES))
         for name, figures in errors.items():
             print(f"{name:24s}" + "".join(f"{100 * x:8.3f}" for x in figures))
