@@ -136,9 +136,7 @@ def main():
             for name, x in (("", found), ("linear ", lines)):
                 error = (x - values[:, :HALF]) * scale
                 errors[f"{name}interpolation"].append((error**2).mean())
-        print(
-            f"seed {seed}, {seconds:.0f} CPU s of training, {model[1]} steps of refinement"
-        )
+        print(f"seed {seed}, {seconds:.0f} CPU s, {model[1]} steps of refinement")
         print(f"{'':24s}" + "".join(f"{share:8.0%}" for share in SHARES))
         for name, figures in errors.items():
             print(f"{name:24s}" + "".join(f"{100 * x:8.3f}" for x in figures))
