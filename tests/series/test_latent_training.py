@@ -1,5 +1,6 @@
 """The trainer of the latent ODE, its masks, and posteriors."""
 
+import copy
 import warnings
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from sknode._series.network import LatentODENetwork, Posterior, Series
 from sknode._series.panel import Panel
 from sknode._series.training import (
     Trainer,
+    choose_steps,
     draw,
     draw_masks,
     normal_points,
@@ -139,6 +141,22 @@ def test_refinement_raises_the_bound(trained):
     # up to the error of the few draws that it uses
     assert (after > before - 1.0).double().mean() > 0.9
     assert after.mean() > before.mean() + 0.5
+
+
+def test_refinement_is_chosen_where_hidden_values_are_predicted_better(trained):
+    panel, _ = make_panel(30, seed=1)
+    generator = torch.Generator()
+    # an encoder that says nothing leaves all to refinement
+    mute = copy.deepcopy(trained)
+    with torch.no_grad():
+        for p in mute.posterior_map.parameters():
+            p.zero_()
+    assert choose_steps(mute, panel, EXACT, generator.manual_seed(0)) > 0
+    # a model that takes signal for noise makes refinement forget what is seen
+    deaf = copy.deepcopy(trained)
+    with torch.no_grad():
+        deaf.log_noise.fill_(3.0)
+    assert choose_steps(deaf, panel, EXACT, generator.manual_seed(0)) == 0
 
 
 def test_predictions_of_a_series_depend_on_it_alone(trained):
