@@ -31,8 +31,6 @@ __all__ = ["BaseLatentODE"]
 
 # Updates an epoch that are aimed at, and series in one at most.
 N_UPDATES, EPOCH_SERIES = 16, 800
-# Time units of a typical series, for the latent ODE.
-SPAN = 8.0
 # Solves inside of training need not be more accurate than this.
 TRAINING_TOLERANCE = 1e-3
 # Draws of latent states that predictions average.
@@ -134,10 +132,10 @@ class BaseLatentODE(BaseODEEstimator):
 
     def _scale_time(self, time):
         """Return times in the units of the model."""
-        return SPAN * time / self.time_unit_
+        return time / self.time_unit_
 
     def _unscale_time(self, time):
-        return time * self.time_unit_ / SPAN
+        return time * self.time_unit_
 
     def _train(self, pieces, history, seed, device, context, X, y):
         """Train a network on windows of series; return it with its settings."""

@@ -50,7 +50,7 @@ class LatentODERegressor(RegressorMixin, BaseLatentODE):
         Size of the latent state.
     hidden_layer_sizes : tuple of int or int, default=(32,)
         Sizes of the hidden layers of the latent vector field.
-    activation : {"tanh", "softplus", "silu", "elu", "sigmoid", "relu"}, default="tanh"
+    activation : {"tanh", "softplus", "silu", "elu", "sigmoid", "relu"}, default="silu"
         Activation of the vector field and of the decoder.
     rnn_hidden_size : int, default=32
         Size of the state of the encoder, a gated recurrent unit that reads a series
@@ -80,7 +80,7 @@ class LatentODERegressor(RegressorMixin, BaseLatentODE):
             "euler", "adams", "rodas5p", "scipy_rk45", "scipy_rk23", "scipy_dop853", \
             "scipy_radau", "scipy_bdf", "scipy_lsoda"}, default="dopri5"
         ODE solver, as in `sknode.ode.solve_ode`.
-    rtol, atol : float, default=1e-5
+    rtol, atol : float, default=1e-8
         Relative and absolute tolerance of the solver, at least 1e-3 in training. Read
         again at prediction.
     max_steps : int, default=1000
@@ -185,7 +185,7 @@ class LatentODERegressor(RegressorMixin, BaseLatentODE):
         self,
         latent_dim=8,
         hidden_layer_sizes=(32,),
-        activation="tanh",
+        activation="silu",
         *,
         rnn_hidden_size=32,
         decoder_hidden_layer_sizes=(32,),
@@ -196,8 +196,8 @@ class LatentODERegressor(RegressorMixin, BaseLatentODE):
         residual="ou",
         kl_weight=1.0,
         solver="dopri5",
-        rtol=1e-5,
-        atol=1e-5,
+        rtol=1e-8,
+        atol=1e-8,
         max_steps=1000,
         step_size=0.02,
         gradient="discrete",
@@ -687,7 +687,7 @@ class LatentODEImputer(OneToOneFeatureMixin, TransformerMixin, BaseLatentODE):
         Size of the latent state.
     hidden_layer_sizes : tuple of int or int, default=(32,)
         Sizes of the hidden layers of the latent vector field.
-    activation : {"tanh", "softplus", "silu", "elu", "sigmoid", "relu"}, default="tanh"
+    activation : {"tanh", "softplus", "silu", "elu", "sigmoid", "relu"}, default="silu"
         Activation of the vector field and of the decoder.
     rnn_hidden_size : int, default=32
         Size of the state of the encoder.
@@ -713,7 +713,7 @@ class LatentODEImputer(OneToOneFeatureMixin, TransformerMixin, BaseLatentODE):
             "euler", "adams", "rodas5p", "scipy_rk45", "scipy_rk23", "scipy_dop853", \
             "scipy_radau", "scipy_bdf", "scipy_lsoda"}, default="dopri5"
         ODE solver, as in `sknode.ode.solve_ode`.
-    rtol, atol : float, default=1e-5
+    rtol, atol : float, default=1e-8
         Relative and absolute tolerance of the solver, at least 1e-3 in training.
     max_steps : int, default=1000
         Steps that the solver may attempt for a series.
@@ -817,7 +817,7 @@ class LatentODEImputer(OneToOneFeatureMixin, TransformerMixin, BaseLatentODE):
         self,
         latent_dim=8,
         hidden_layer_sizes=(32,),
-        activation="tanh",
+        activation="silu",
         *,
         rnn_hidden_size=32,
         decoder_hidden_layer_sizes=(32,),
@@ -828,8 +828,8 @@ class LatentODEImputer(OneToOneFeatureMixin, TransformerMixin, BaseLatentODE):
         residual="ou",
         kl_weight=1.0,
         solver="dopri5",
-        rtol=1e-5,
-        atol=1e-5,
+        rtol=1e-8,
+        atol=1e-8,
         max_steps=1000,
         step_size=0.02,
         gradient="discrete",

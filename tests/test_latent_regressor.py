@@ -335,7 +335,7 @@ def test_solver_settings_are_read_again():
     X, y = panel()
     pure = quick(series="series", residual=None).fit(X, y)
     loose = pure.predict(X)
-    tight = pickle.loads(pickle.dumps(pure)).set_params(rtol=1e-9, atol=1e-9)
+    tight = pickle.loads(pickle.dumps(pure)).set_params(rtol=1e-11, atol=1e-11)
     difference = np.abs(tight.predict(X) - loose).max()
     assert 0 < difference < 1e-2
 

@@ -39,8 +39,8 @@ class NeuralMean:
     def posterior(self, panel: Panel) -> Posterior:
         """Return what is believed of the latent states of series.
 
-        By the encoder alone: steps that raise a series' own bound fit its noise, and
-        forecasts by what they lead to are worse.
+        By the encoder alone: steps that raise the bound of each series enlarge the
+        rounding in which a series depends on those solved beside it.
         """
         return posterior(self.network, panel, self.settings, n_steps=0)
 

@@ -231,9 +231,9 @@ def test_channels_of_few_values_are_snapped_to_them():
 
 @pytest.mark.parametrize("power", [0.0, 0.4, 1.0, 1.7])
 def test_warp_has_an_inverse_and_a_slope(power):
-    warp = Warp(
-        np.array([1.0]), np.array([2.0]), np.array([[power], [1.0 - power / 2]])
-    )
+    powers = np.array([[power], [1.0 - power / 2]])
+    everything = np.array([[-np.inf], [np.inf]])
+    warp = Warp(np.array([1.0]), np.array([2.0]), powers, everything)
     values = np.linspace(-30, 40, 101)[:, None]
     warped = warp.forward(values)
     assert (np.diff(warped, axis=0) > 0).all()
