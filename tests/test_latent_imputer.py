@@ -179,6 +179,14 @@ def test_infinite_values_name_their_column(table):
         quick().fit(bad)
 
 
+def test_a_nonsense_value_does_not_spoil_its_neighbours(table, fitted):
+    row = int(np.flatnonzero(table.notna().all(axis=1))[50])
+    spoilt = table.copy()
+    spoilt.iloc[row, 0] = 1e6
+    filled = fitted.transform(spoilt).drop(index=table.index[row])
+    assert (filled.abs() < 30).all(axis=None)
+
+
 def test_missing_times_are_an_error(table):
     index = table.index.to_series().reset_index(drop=True)
     index[4] = pd.NaT

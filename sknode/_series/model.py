@@ -46,10 +46,11 @@ class SeriesModel:
     anchored: bool
 
     def forward(self, panel: Panel) -> Panel:
-        """Return a panel with warped values."""
+        """Return a panel with warped values, nonsense ones limited."""
         if self.warp is None:
             return panel
-        return replace(panel, values=self.warp.forward(panel.values))
+        values = self.warp.forward(self.warp.limit(panel.values))
+        return replace(panel, values=values)
 
     def inverse(self, values):
         """Return values from warped ones."""
