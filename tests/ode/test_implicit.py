@@ -1,5 +1,6 @@
 """Rosenbrock methods: coefficients, stiff problems, fates of lanes, gradients."""
 
+from fractions import Fraction
 from itertools import pairwise
 
 import numpy as np
@@ -21,14 +22,34 @@ def double(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-class TestCoefficients:
-    """In the literature's form: alpha, gamma_ij, b."""
+def exact(coefficients):
+    """Return float64 coefficients as fractions."""
+    return np.vectorize(Fraction, otypes=[object])(coefficients)
 
-    gamma = np.linalg.inv(np.eye(8) / RODAS5P.gamma - RODAS5P.C)
-    alpha = RODAS5P.a @ gamma
+
+def inverse_of_lower_triangle(matrix):
+    """Return the inverse, by forward substitution."""
+    inverse = exact(np.eye(len(matrix)))
+    for i, row in enumerate(matrix):
+        inverse[i] = (inverse[i] - row[:i] @ inverse[:i]) / row[i]
+    return inverse
+
+
+class TestCoefficients:
+    """In the literature's form: alpha, gamma_ij, b.
+
+    The change of form is made with fractions: in float64 its rounding, which differs
+    from one BLAS to the next, is as large as what the conditions leave.
+    """
+
+    fractions = inverse_of_lower_triangle(
+        exact(np.eye(8)) / Fraction(RODAS5P.gamma) - exact(RODAS5P.C)
+    )
+    gamma = fractions.astype(float)
+    alpha = (exact(RODAS5P.a) @ fractions).astype(float)
     beta = alpha + gamma
-    b = RODAS5P.b @ gamma
-    embedded = (RODAS5P.b - RODAS5P.error) @ gamma
+    b = (exact(RODAS5P.b) @ fractions).astype(float)
+    embedded = (exact(RODAS5P.b - RODAS5P.error) @ fractions).astype(float)
 
     def elementary(self, tree):
         """Return what each stage contributes to a tree's elementary weight.
