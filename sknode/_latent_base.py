@@ -21,6 +21,7 @@ from sknode._series.model import Predictive
 from sknode._series.network import LatentODENetwork
 from sknode._series.neural import NeuralMean
 from sknode._series.panel import Panel
+from sknode._series.posterior import refinement_helps
 from sknode._series.scaling import Scaling
 from sknode._series.training import Trainer
 from sknode._series.windows import WINDOW_ROWS
@@ -185,7 +186,14 @@ class BaseLatentODE(BaseODEEstimator):
             trained_on, held_out, on_epoch=self._epoch_callback(context, history, X, y)
         )
         dtype = self._dtype(np.empty(0), device)
-        return self._mean_of(network.to(dtype).eval(), seed)
+        network = network.to(dtype).eval()
+        self._refine = refinement_helps(
+            network,
+            trained_on if held_out is None else held_out,
+            self._solver_settings(dtype),
+            trainer.generator,
+        )
+        return self._mean_of(network, seed)
 
     def _dtype(self, X, device):
         """Resolve the dtype parameter: double precision on the CPU."""
@@ -215,7 +223,8 @@ class BaseLatentODE(BaseODEEstimator):
     def _mean_of(self, network, seed):
         """Return the network with the solver parameters as they are now."""
         dtype = next(network.parameters()).dtype
-        return NeuralMean(network, self._solver_settings(dtype), N_DRAWS, seed)
+        settings = self._solver_settings(dtype)
+        return NeuralMean(network, settings, N_DRAWS, seed, self._refine)
 
     def _keep_scores(self, fitted, history):
         """Set the fitted attributes that tell how fit went."""
@@ -270,6 +279,24 @@ class BaseLatentODE(BaseODEEstimator):
             )
         mean[order], std[order] = mean.copy(), std.copy()
         return Predictive(mean, std, inputs, self._model, self._scaling)
+
+    def _latent_rows(self, context, codes, rows):
+        """Return the latent states (n_rows, latent_dim) at rows."""
+        network = self._mean()
+        if network is None:
+            raise ValueError(
+                f"This {type(self).__name__} has no latent states: fit found that "
+                "hidden values are predicted no better by a latent ODE. "
+                "residual=None keeps it in any case."
+            )
+        query, _, order = self._query(codes, rows, context.n_series)
+        found = [
+            self._model.latent(network, _take(context, part), _take(query, part))
+            for part in _parts(context.n_series)
+        ]
+        states = np.empty((len(order), network.network.latent_dim))
+        states[order] = np.concatenate(found)
+        return states
 
     def _sample_rows(self, context, codes, rows, n_samples, rng):
         """Return draws (n_samples, n_rows, n_channels), in the units of y."""

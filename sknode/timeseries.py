@@ -335,6 +335,22 @@ class LatentODERegressor(RegressorMixin, BaseLatentODE):
         mean = self._as_y(predictive.at(0.0))
         return (mean, self._as_y(predictive.spread())) if return_std else mean
 
+    def trajectory(self, X):
+        """Return the latent states at the times of rows.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+            As in `predict`.
+
+        Returns
+        -------
+        ndarray of shape (n_samples, latent_dim)
+            The centres of what is believed of them, given what is known of a series.
+        """
+        rows, codes, context = self._known(X)
+        return self._latent_rows(context, codes, rows)
+
     def predict_interval(self, X, coverage=0.9):
         """Predict intervals that values lie in.
 

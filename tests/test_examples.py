@@ -128,3 +128,48 @@ def test_targets_of_section_4_are_within_the_grid_of_their_normaliser(number):
     logs = names["log_target"](number, torch.from_numpy(points))
     mass = float(logs.exp().sum()) * area
     assert np.log(mass) == pytest.approx(names["log_normaliser"](number), abs=1e-6)
+
+
+@pytest.mark.slow
+def test_section_5_of_the_paper_compares_forecasts_of_spirals(
+    monkeypatch, capsys, tmp_path
+):
+    picture = tmp_path / "plot.png"
+    run(
+        monkeypatch,
+        "spirals.py",
+        *("--observed", "30", "20", "--series", "100", "--epochs", "5"),
+        *("--updates", "20", "--plot", str(picture)),
+    )
+    printed = capsys.readouterr().out
+    rows = re.findall(r"^ +(\d+)  (\S.*?\S)  +(\d\.\d{4}) +(0\.\d{4})?", printed, re.M)
+    names = ["latent ODE", "RNN", "RNN, with time gaps"]
+    assert [row[1] for row in rows] == 2 * names
+    # the paper has no figure for 20 points, nor for gaps
+    assert [row[3] for row in rows] == ["0.1642", "0.3937", "", "", "", ""]
+    # predicting the centre has about 3.5
+    assert all(0.05 < float(row[2]) < 10 for row in rows)
+    assert picture.stat().st_size > 50_000
+
+
+@pytest.mark.slow
+def test_carbon_dioxide_is_filled_in_and_forecast(monkeypatch, capsys, tmp_path):
+    picture = tmp_path / "plot.png"
+    run(monkeypatch, "co2.py", "--plot", str(picture))
+    printed = capsys.readouterr().out
+    errors = {
+        name: [float(x) for x in figures]
+        for name, *figures in re.findall(
+            r"^ +(LatentODEImputer|linear interpolation) +(\d+\.\d+) +(\d+\.\d+)$",
+            printed,
+            re.M,
+        )
+    }
+    ours, lines = errors["LatentODEImputer"], errors["linear interpolation"]
+    assert ours[0] < 0.5 * lines[0] and ours[1] < lines[1]
+    inside = re.search(r"band +(\d+)% +(\d+)%", printed)
+    assert min(int(x) for x in inside.groups()) > 50
+    assert re.search(
+        r"2003 highest +3[678]\d\.\d \+- \d\.\d in (April|May|June)", printed
+    )
+    assert picture.stat().st_size > 50_000

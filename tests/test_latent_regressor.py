@@ -1,5 +1,6 @@
 """LatentODERegressor: rows are observations of irregular series."""
 
+import copy
 import pickle
 from functools import cache
 
@@ -58,9 +59,31 @@ def test_predictions_pass_near_the_observations():
 
 
 def test_uncertainty_grows_with_the_distance_from_observations():
-    at = pd.DataFrame({"series": "s0", "time": [5.0, 12.0, 20.0]})
+    X, _ = panel()
+    end = X.loc[X["series"] == "s0", "time"].max()
+    at = pd.DataFrame({"series": "s0", "time": end + np.array([0.0, 0.3, 1.0, 2.0])})
     _, std = fitted().predict(at, return_std=True)
     assert (np.diff(std, axis=0) > 0).all()
+    # far away nothing is known but what series have in common
+    _, far = fitted().predict(at.assign(time=end + 10), return_std=True)
+    assert (far > 3 * std[0]).all()
+
+
+def test_latent_states_are_told_of_rows():
+    X, y = panel()
+    model = quick(series="series", residual=None, latent_dim=3).fit(X, y)
+    states = model.trajectory(X)
+    assert states.shape == (len(X), 3)
+    alone = model.trajectory(X[7:9])
+    np.testing.assert_allclose(alone, states[7:9], atol=1e-7)
+    # they flow: what is near in time is near
+    same = X["series"].to_numpy()[1:] == X["series"].to_numpy()[:-1]
+    steps = np.abs(np.diff(states, axis=0))[same]
+    assert np.median(steps) < 0.3 * states.std()
+    without = copy.copy(model)
+    without.module_ = None  # as after a fit in which it was no help
+    with pytest.raises(ValueError, match="no latent states"):
+        without.trajectory(X)
 
 
 def test_a_prediction_depends_on_its_own_row_and_what_is_known():

@@ -10,7 +10,12 @@ import numpy as np
 from sknode._series.baselines import BASELINES
 from sknode._series.covariance import fit_process, fit_warped_process
 from sknode._series.hidden import KINDS, hide_cells
-from sknode._series.model import SeriesModel, SwitchedModel, beyond_observations
+from sknode._series.model import (
+    Regime,
+    SeriesModel,
+    SwitchedModel,
+    beyond_observations,
+)
 from sknode._series.panel import Panel
 from sknode._series.windows import Windows, window_rows
 
@@ -24,10 +29,15 @@ COVERAGE, Z_COVERAGE = 0.9, 1.6448536269514722
 INFLATION_RANGE = 0.5, 3.0
 # Hidden cells of a channel that count as much as those of all channels together do.
 PRIOR_CELLS = 50
+# Series whose residuals are learned from, and by which candidates are judged, at most.
+MOST_SERIES = 300
 # A network is better than the process alone if its errors are smaller by so many
 # standard errors: between observations, and beyond them, where few cells can tell and a
 # process goes back to a mean.
 CONFIDENCE = 1.0, 0.0
+# Beyond the observations a network may do better if it is told only those within so
+# much time, the span of a typical series being 1.
+RECENT = 0.5, 0.25, 0.125
 
 
 @dataclass
@@ -103,7 +113,7 @@ def fit_series(
     if not fraction:
         model, mean = candidates[-1]
         return Fitted(model, mean)
-    return _judge(panel, kept, kinds, candidates)
+    return _judge(panel, kinds, candidates, rng)
 
 
 def is_anchored(panel: Panel) -> bool:
@@ -126,13 +136,22 @@ def _complete(warped, warp, mean, residual, settings, rng):
     """Add to a network what its residuals follow."""
     ones = np.ones(warped.values.shape[1])
     model = _model(warped, None, None, ones, *settings)
-    rest = warped.values - model.paths(mean, warped, warped)[0].mean(0)
+    some = _some_series(warped, rng)
+    rest = some.values - model.paths(mean, some, some)[0].mean(0)
     if residual:
-        process = fit_process(replace(warped, values=rest), rng=rng)
+        process = fit_process(replace(some, values=rest), rng=rng)
         return _model(warped, warp, process, None, *settings), mean
     count = np.maximum(np.isfinite(rest).sum(0), 1)
     noise = np.nansum(rest**2, axis=0) / count
     return _model(warped, None, None, np.maximum(noise, 1e-6), *settings), mean
+
+
+def _some_series(panel, rng):
+    """Return a panel of as many series as it takes to learn from or to judge by."""
+    if panel.n_series <= MOST_SERIES:
+        return panel
+    chosen = rng.choice(panel.n_series, MOST_SERIES, replace=False)
+    return panel.take(np.sort(chosen))
 
 
 def _model(panel, warp, process, noise, rows_each, anchored):
@@ -141,42 +160,37 @@ def _model(panel, warp, process, noise, rows_each, anchored):
     return SeriesModel(warp, process, noise, ones, rows_each, anchored)
 
 
-def _judge(panel, kept, kinds, candidates) -> Fitted:
+def _judge(panel, kinds, candidates, rng) -> Fitted:
     """Choose the better candidate on hidden cells and correct its intervals.
 
     One between observations and one beyond them, if these are not the same.
     """
-    hidden = kinds > 0
-    rows = hidden.any(1)
-    query = _rows_of(kept, rows)
-    truth, cells, kinds = panel.values[rows], hidden[rows], kinds[rows]
-    beyond = np.broadcast_to(beyond_observations(kept, query)[:, None], cells.shape)
-    predictions = [model.predict(mean, kept, query) for model, mean in candidates]
-    errors = [
-        np.abs(model.point(mean) - truth)
-        for (model, _), (mean, _) in zip(candidates, predictions, strict=True)
-    ]
-    chosen, parts = [], []
-    regimes = cells & ~beyond, cells & beyond
-    for here, confidence in zip(regimes, CONFIDENCE, strict=True):
-        best = 0
-        if len(candidates) > 1 and _is_better(*errors[::-1], here, confidence):
-            best = 1
-        centre, std = predictions[best]
-        model = candidates[best][0]
-        warped = truth if model.warp is None else model.warp.forward(truth)
-        deviation = np.abs(warped - centre) / std
-        parts.append((errors[best], deviation, here))
-        if here.any():
-            model = replace(model, inflation=_inflation(deviation, here))
-        chosen.append((model, candidates[best][1]))
+    with_hidden = np.unique(panel.series_of_rows()[(kinds > 0).any(1)])
+    if len(with_hidden) > MOST_SERIES:
+        with_hidden = np.sort(rng.choice(with_hidden, MOST_SERIES, replace=False))
+    kinds = kinds[panel.rows_of(with_hidden)]
+    panel = panel.take(with_hidden)
+    kept = panel.hide(kinds > 0)
+    rows = (kinds > 0).any(1)
+    query = kept.select(rows)
+    truth, kinds = panel.values[rows], kinds[rows]
+    beyond = beyond_observations(kept, query)
+    error, deviation = np.full(truth.shape, np.nan), np.full(truth.shape, np.nan)
+    chosen = []
+    for here, options, confidence in zip(
+        (~beyond, beyond), _options(candidates), CONFIDENCE, strict=True
+    ):
+        cells = kinds[here] > 0
+        asked = query.select(here)
+        regime, mean, *found = _choose(
+            options, kept, asked, truth[here], cells, confidence
+        )
+        error[here], deviation[here] = found
+        chosen.append((regime, mean, cells.any()))
     # what only one of the two was judged on, the other one takes over
     for one, other in ((0, 1), (1, 0)):
-        if not parts[one][2].any():
+        if not chosen[one][2]:
             chosen[one] = chosen[other]
-    inside, outside = parts
-    error = np.where(beyond, outside[0], inside[0])
-    deviation = np.where(beyond, outside[1], inside[1])
     scores = {"model": _by_kind(error, kinds)}
     beaten_by = []
     for name, baseline in BASELINES.items():
@@ -186,18 +200,48 @@ def _judge(panel, kept, kinds, candidates) -> Fitted:
             here = kinds == code
             if _clearly_less(theirs[here], error[here]):
                 beaten_by.append((name, kind))
-    coverage = float((deviation[cells] < Z_COVERAGE).mean())
-    models, means = zip(*chosen, strict=True)
+    coverage = float((deviation[kinds > 0] < Z_COVERAGE).mean())
+    regimes, means, _ = zip(*chosen, strict=True)
     mean = next((m for m in means if m is not None), None)
-    model = SwitchedModel(*models, tuple(m is not None for m in means))
-    return Fitted(model, mean, scores, beaten_by, coverage)
+    return Fitted(SwitchedModel(*regimes), mean, scores, beaten_by, coverage)
 
 
-def _rows_of(panel, rows):
-    """Return the panel of some of its rows."""
-    before = np.concatenate([[0], np.cumsum(rows)])
-    offsets = before[panel.offsets].astype(np.int64)
-    return Panel(offsets, panel.time[rows], panel.values[rows], panel.covariates[rows])
+def _options(candidates):
+    """Return what is to be chosen from between observations and beyond them: lists of
+    regimes with their networks.
+    """
+    plain = [(Regime(model, mean is not None), mean) for model, mean in candidates]
+    model, mean = candidates[-1]
+    if mean is None:
+        return plain, plain
+    recent = [(Regime(model, True, r), mean) for r in RECENT]
+    return plain, plain + recent
+
+
+def _choose(options, kept, query, truth, cells, confidence):
+    """Return the best regime with its intervals corrected, its network, its errors and
+    its deviations in standard deviations, (n_rows, n_channels) both.
+
+    The first option is replaced only by the best of the others, and only by one that is
+    better beyond chance.
+    """
+    tried = []
+    for regime, mean in options:
+        centre, std = regime.predict(mean, kept, query)
+        tried.append((centre, std, np.abs(regime.model.point(centre) - truth)))
+    best = 0
+    if len(options) > 1 and cells.any():
+        other = min(range(1, len(tried)), key=lambda k: tried[k][2][cells].mean())
+        if _is_better(tried[other][2], tried[0][2], cells, confidence):
+            best = other
+    (regime, mean), (centre, std, error) = options[best], tried[best]
+    warp = regime.model.warp
+    warped = truth if warp is None else warp.forward(truth)
+    deviation = np.abs(warped - centre) / std
+    if cells.any():
+        inflation = _inflation(deviation, cells)
+        regime = replace(regime, model=replace(regime.model, inflation=inflation))
+    return regime, mean, error, deviation
 
 
 def _by_kind(error, kinds):

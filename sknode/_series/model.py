@@ -12,7 +12,7 @@ from sknode._series.state_space import LinearProcess
 from sknode._series.warp import Warp
 from sknode._series.windows import Windows
 
-__all__ = ["Predictive", "SeriesModel", "SwitchedModel"]
+__all__ = ["Predictive", "Regime", "SeriesModel", "SwitchedModel"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,17 @@ class SeriesModel:
             results.append(result)
         return results
 
+    def latent(self, mean, context: Panel, query: Panel):
+        """Return the latent states of the network (n_rows, latent_dim)."""
+        context = self.forward(context)
+        windows = Windows.cut(context, self.rows_each, self.anchored)
+        states = mean.posterior(windows.panel(context)[0])
+        asked, rows = windows.assign(query)
+        found = mean.latent(states, asked)
+        result = np.empty_like(found)
+        result[rows] = found
+        return result
+
     def predict(self, mean, context: Panel, query: Panel):
         """Return predictive means and standard deviations (n_rows, n_channels), of
         warped values.
@@ -128,6 +139,60 @@ class SeriesModel:
 
 
 @dataclass(frozen=True)
+class Regime:
+    """A model as it is used for some of the rows.
+
+    Attributes
+    ----------
+    model : SeriesModel
+        The model.
+    network : bool
+        Whether it uses the network.
+    recent : float or None
+        Where rows are beyond the observations, how much of the time of these the model
+        is told: a latent state far from the end has to flow a long way to it, and what
+        it takes on the way for wrong is not made good.
+    """
+
+    model: SeriesModel
+    network: bool = False
+    recent: float | None = None
+
+    def predict(self, mean, context: Panel, query: Panel):
+        """Return predictive means and standard deviations, as `SeriesModel.predict`."""
+        mean = mean if self.network else None
+        std = np.empty(query.values.shape)
+        centre = np.empty_like(std)
+        for rows, near in self._ends(context, query):
+            found = self.model.predict(mean, near, query.select(rows))
+            centre[rows], std[rows] = found
+        return centre, std
+
+    def sample(self, mean, context: Panel, query: Panel, n_draws, rng):
+        """Return paths, as `SeriesModel.sample`."""
+        mean = mean if self.network else None
+        paths = np.empty((n_draws, *query.values.shape))
+        for rows, near in self._ends(context, query):
+            asked = query.select(rows)
+            paths[:, rows] = self.model.sample(mean, near, asked, n_draws, rng)
+        return paths
+
+    def _ends(self, context, query):
+        """Yield rows of the query, and of the context what is near to them."""
+        if self.recent is None:
+            yield np.ones(len(query.time), bool), context
+            return
+        first, last = ends_of_observations(context)
+        series = context.series_of_rows()
+        before = query.time < first[query.series_of_rows()]
+        early = context.time <= first[series] + self.recent
+        late = context.time >= last[series] - self.recent
+        for rows, near in ((before, early), (~before, late)):
+            if rows.any():
+                yield rows, context.select(near)
+
+
+@dataclass(frozen=True)
 class SwitchedModel:
     """One model between the observations of a series, another one beyond them.
 
@@ -137,61 +202,74 @@ class SwitchedModel:
 
     Attributes
     ----------
-    inside, outside : SeriesModel
+    inside, outside : Regime
         The models, with the same warp.
-    networks : tuple of bool
-        Which of the two uses the network.
     """
 
-    inside: SeriesModel
-    outside: SeriesModel
-    networks: tuple
+    inside: Regime
+    outside: Regime
 
     @property
     def warp(self):
         """The change of units of both."""
-        return self.inside.warp
+        return self.inside.model.warp
 
     def inverse(self, values):
         """Return values from warped ones."""
-        return self.inside.inverse(values)
+        return self.inside.model.inverse(values)
 
     def point(self, values):
         """Return the values that warped centres stand for."""
-        return self.inside.point(values)
+        return self.inside.model.point(values)
+
+    def latent(self, mean, context: Panel, query: Panel):
+        """Return the latent states of the network (n_rows, latent_dim)."""
+        return self.inside.model.latent(mean, context, query)
 
     def predict(self, mean, context: Panel, query: Panel):
         """Return predictive means and standard deviations, as `SeriesModel.predict`."""
-        beyond = beyond_observations(context, query)[:, None]
-        inside, outside = (
-            model.predict(mean if network else None, context, query)
-            for model, network in self._both()
-        )
-        return tuple(
-            np.where(beyond, b, a) for a, b in zip(inside, outside, strict=True)
-        )
+        std = np.empty(query.values.shape)
+        centre = np.empty_like(std)
+        for regime, rows in self._regimes(context, query):
+            found = regime.predict(mean, context, query.select(rows))
+            centre[rows], std[rows] = found
+        return centre, std
 
     def sample(self, mean, context: Panel, query: Panel, n_draws, rng):
         """Return paths, as `SeriesModel.sample`."""
-        beyond = beyond_observations(context, query)[:, None]
-        inside, outside = (
-            model.sample(mean if network else None, context, query, n_draws, rng)
-            for model, network in self._both()
-        )
-        return np.where(beyond, outside, inside)
+        paths = np.empty((n_draws, *query.values.shape))
+        for regime, rows in self._regimes(context, query):
+            asked = query.select(rows)
+            paths[:, rows] = regime.sample(mean, context, asked, n_draws, rng)
+        return paths
 
-    def _both(self):
-        return zip((self.inside, self.outside), self.networks, strict=True)
+    def _regimes(self, context, query):
+        """Yield what answers, and which rows of the query it is asked."""
+        if self.inside is self.outside:
+            yield self.inside, np.ones(len(query.time), bool)
+            return
+        beyond = beyond_observations(context, query)
+        for regime, rows in ((self.inside, ~beyond), (self.outside, beyond)):
+            if rows.any():
+                yield regime, rows
 
 
-def beyond_observations(context: Panel, query: Panel) -> np.ndarray:
-    """Return which rows of a query (n_rows,) are before or after what is observed."""
+def ends_of_observations(context: Panel) -> tuple[np.ndarray, np.ndarray]:
+    """Return the times of the first and the last observation of series; of a series
+    without any, plus and minus infinity.
+    """
     some = context.observed.any(axis=1)
     series = context.series_of_rows()[some]
     first = np.full(context.n_series, np.inf)
     last = np.full(context.n_series, -np.inf)
     np.minimum.at(first, series, context.time[some])
     np.maximum.at(last, series, context.time[some])
+    return first, last
+
+
+def beyond_observations(context: Panel, query: Panel) -> np.ndarray:
+    """Return which rows of a query (n_rows,) are before or after what is observed."""
+    first, last = ends_of_observations(context)
     asked = query.series_of_rows()
     return (query.time < first[asked]) | (query.time > last[asked])
 

@@ -17,7 +17,7 @@ from sknode._series.panel import Panel
 from sknode._series.recurrent import last_state
 from sknode.fields import MLPField
 from sknode.fields.activations import get_activation
-from sknode.ode import SolverError
+from sknode.ode import SolverError, Status
 
 __all__ = ["LatentODENetwork", "Posterior", "Series"]
 
@@ -98,13 +98,12 @@ class Series:
             lengths,
         )
 
-    def begin(self, share: float) -> Series:
-        """Return what they have in the first part of their time."""
-        if share >= 1:
-            return self
+    def part(self, begin: Tensor, end: Tensor) -> Series:
+        """Return what they have between shares (n_series, 1) of their time."""
         first, last = self.time[:, :1], self.time[:, -1:]
-        early = self.time <= first + share * (last - first)
-        return self.hide(early[..., None]).drop_empty_rows()
+        span = last - first
+        inside = (self.time >= first + begin * span) & (self.time <= first + end * span)
+        return self.hide(inside[..., None]).drop_empty_rows()
 
     def first_rows(self) -> Tensor:
         """Return which rows (n_series, length) are the first with a value."""
@@ -256,7 +255,12 @@ class LatentODENetwork(nn.Module):
         )
 
     def flow(
-        self, states: Tensor, start: Tensor, time: Tensor, solver: SolverSettings
+        self,
+        states: Tensor,
+        start: Tensor,
+        time: Tensor,
+        solver: SolverSettings,
+        strict: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """Return the latent states at the times of the series.
 
@@ -270,6 +274,8 @@ class LatentODENetwork(nn.Module):
             Non-decreasing times, before or after the start.
         solver : SolverSettings
             How to solve.
+        strict : bool
+            Whether a solve that fails is an error; if not, its states are NaN.
 
         Returns
         -------
@@ -281,27 +287,32 @@ class LatentODENetwork(nn.Module):
         Raises
         ------
         SolverError
-            If a solve fails.
+            If a solve fails and ``strict``.
         """
         first = start[:, None]
         ahead = time >= first
-        z, n_f_evals = self._solve(states, start, time.clamp_min(first), solver)
+        z, n_f_evals = self._solve(states, start, time.clamp_min(first), solver, strict)
         if not bool(ahead.all()):
             past = time.clamp_max(first).flip(1)
-            before, further = self._solve(states, start, past, solver)
+            before, further = self._solve(states, start, past, solver, strict)
             z = torch.where(ahead[..., None], z, before.flip(2))
             n_f_evals = n_f_evals + further
         return z, n_f_evals
 
-    def _solve(self, states, start, time, solver):
+    def _solve(self, states, start, time, solver, strict):
         n_draws, n_series, _ = states.shape
         grid = CLOCK * torch.cat([start[:, None], time], 1).repeat(n_draws, 1)
         solution = solver.solve(self.field, states.flatten(0, 1), grid)
+        z = solution.y[:, 1:]
         if not solution.success:
-            raise SolverError(solution.failure_report())
+            if strict:
+                raise SolverError(solution.failure_report())
+            z = z.masked_fill(
+                (solution.status != Status.SUCCESS)[:, None, None], torch.nan
+            )
         shape = n_draws, n_series
         return (
-            solution.y[:, 1:].unflatten(0, shape),
+            z.unflatten(0, shape),
             solution.stats["n_f_evals"].view(shape).double().mean(0),
         )
 
@@ -317,13 +328,18 @@ class LatentODENetwork(nn.Module):
         return self.decoder[-1](h)
 
     def forward(
-        self, states: Tensor, start: Tensor, series: Series, solver: SolverSettings
+        self,
+        states: Tensor,
+        start: Tensor,
+        series: Series,
+        solver: SolverSettings,
+        strict: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """Return the means at the rows of the series for draws of their states.
 
         They have shape (n_draws, n_series, length, n_channels); see `flow`.
         """
-        z, n_f_evals = self.flow(states, start, series.time, solver)
+        z, n_f_evals = self.flow(states, start, series.time, solver, strict)
         return self.decode(z, series.covariates), n_f_evals
 
     def log_likelihood(self, means: Tensor, series: Series) -> Tensor:

@@ -5,12 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from sknode._network import SolverSettings
 from sknode._series.network import LatentODENetwork, Posterior
 from sknode._series.panel import Panel
-from sknode._series.training import _at_rows, normal_points, posterior
+from sknode._series.posterior import (
+    Laplace,
+    normal_points,
+    paths_at_rows,
+    posterior,
+    states_at_rows,
+)
 
 __all__ = ["NeuralMean"]
 
@@ -29,25 +34,27 @@ class NeuralMean:
         Draws of the latent state of a series, the same noise for all of them.
     seed : int
         Of this noise.
+    refine : bool
+        Whether the encoder's answers are refined.
     """
 
     network: LatentODENetwork
     settings: SolverSettings
     n_draws: int
     seed: int
+    refine: bool
 
-    def posterior(self, panel: Panel) -> Posterior:
-        """Return what is believed of the latent states of series.
+    def posterior(self, panel: Panel) -> Posterior | Laplace:
+        """Return what is believed of the latent states of series."""
+        return posterior(self.network, panel, self.settings, refine=self.refine)
 
-        By the encoder alone: steps that raise the bound of each series enlarge the
-        rounding in which a series depends on those solved beside it.
-        """
-        return posterior(self.network, panel, self.settings, n_steps=0)
-
-    def paths(self, states: Posterior, query: Panel) -> np.ndarray:
+    def paths(self, states: Posterior | Laplace, query: Panel) -> np.ndarray:
         """Return the means of the channels (n_draws, n_rows, n_channels)."""
         dim = self.network.latent_dim
         noise = normal_points(self.n_draws, dim, self.seed, states.mean)
-        with torch.no_grad():
-            paths = _at_rows(self.network, states, query, self.settings, noise)
+        paths = paths_at_rows(self.network, states, query, self.settings, noise)
         return paths.numpy()
+
+    def latent(self, states: Posterior | Laplace, query: Panel) -> np.ndarray:
+        """Return the latent states (n_rows, latent_dim) at the rows of a panel."""
+        return states_at_rows(self.network, states, query, self.settings).numpy()

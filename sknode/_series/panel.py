@@ -141,6 +141,18 @@ class Panel:
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         return Panel(offsets, self.time[rows], self.values[rows], self.covariates[rows])
 
+    def select(self, rows):
+        """Return the panel of some of the rows; series may lose all of theirs.
+
+        Parameters
+        ----------
+        rows : ndarray of shape (n_rows,), bool
+            Rows to keep.
+        """
+        before = np.concatenate([[0], np.cumsum(rows)]).astype(np.int64)
+        parts = self.time[rows], self.values[rows], self.covariates[rows]
+        return Panel(before[self.offsets], *parts)
+
     def hide(self, mask):
         """Return the panel without the values where ``mask`` is true.
 

@@ -1,11 +1,10 @@
-"""How a latent ODE is trained, and what is believed of series afterwards."""
+"""How a latent ODE is trained."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,13 +13,16 @@ from sknode._series.network import LatentODENetwork, Posterior, Series
 from sknode._series.panel import Panel
 from sknode._training import Average, History, Recipe, make_optimizer, train
 
-__all__ = ["Trainer", "choose_steps", "draw", "draw_masks", "posterior", "predict_mean"]
+__all__ = ["Trainer", "draw_masks"]
 
 # Share of the updates in which the weight of the divergence from the prior rises to 1.
 WARM_UP = 0.25
 # Share of the time of a series that training starts with, and share of the updates
 # after which it is all of it: a path that is wrong late is learned late.
 HORIZON, GROWTH = 0.2, 0.4
+# Share of the series that begin later in an update, at a time within so much of theirs:
+# the more starts, the more there is to learn from a path.
+LATE, LATEST = 0.7, 0.9
 # Share of the updates in which the noise is held at what it starts from: noise that is
 # learned while predictions are bad grows until nothing is left to learn from them.
 HELD = 0.4
@@ -33,10 +35,6 @@ DECAY = 0.99
 POINTS, BLOCK, HEAD = (0.1, 0.7), (0.1, 0.5), (0.2, 0.9)
 # Share of the series whose parts are drawn from the network itself.
 DREAMS = 0.5
-# Steps of the refinement of posteriors, draws in each, and step size.
-REFINE_STEPS, REFINE_DRAWS, REFINE_RATE = 20, 8, 0.1
-# Series by which it is judged.
-JUDGES = 100
 
 
 def draw_masks(series: Series, generator: torch.Generator) -> Tensor:
@@ -136,7 +134,8 @@ class Trainer:
             network.log_noise.requires_grad_(progress >= HELD)
             horizon = HORIZON + (1 - HORIZON) * progress / GROWTH
             weight = self.kl_weight * min(1.0, progress / WARM_UP)
-            return self._loss(series[rows].begin(horizon), weight, n_cells)
+            part = self._part(series[rows], horizon)
+            return self._loss(part, weight, n_cells)
 
         validate = None
         if held_out is not None:
@@ -154,6 +153,16 @@ class Trainer:
             average=average,
             **({} if on_epoch is None else {"on_epoch": on_epoch}),
         )
+
+    def _part(self, series, horizon):
+        """Return what series have up to a horizon, from their start or a later time."""
+        if horizon >= 1:
+            horizon = 2.0  # whatever rounding makes of the end
+        late, share = torch.rand(
+            (2, len(series), 1), generator=self.generator, dtype=torch.float64
+        ).to(series.time)
+        begin = torch.where(late < LATE, LATEST * share, torch.zeros_like(share))
+        return series.part(begin, begin + horizon)
 
     def _loss(self, series: Series, kl_weight: float, n_cells: float):
         """Return minus the lower bound for each series and what its parts lack, over
@@ -212,155 +221,3 @@ class Trainer:
             return float(fit - q.kl().sum()) / n_cells
 
         return score
-
-
-def normal_points(n_draws: int, dim: int, seed: int, like: Tensor) -> Tensor:
-    """Return standard normal noise (n_draws, 1, dim), well spread, the same for all
-    series.
-    """
-    sobol = torch.quasirandom.SobolEngine(dim, scramble=True, seed=seed)
-    u = sobol.draw(n_draws, dtype=torch.float64)
-    # the ends would be infinite
-    eps = 0.5 / max(n_draws, 2) ** 2
-    return torch.special.ndtri(u.clamp(eps, 1 - eps)).to(like)[:, None]
-
-
-def posterior(
-    network: LatentODENetwork,
-    panel: Panel,
-    settings: SolverSettings,
-    *,
-    n_steps: int = REFINE_STEPS,
-    seed: int = 0,
-) -> Posterior:
-    """Return what is believed of the latent states of series.
-
-    The encoder's answer is refined: `n_steps` steps on the mean and the logarithm of
-    the scale of each series, which increase its own lower bound.
-
-    Parameters
-    ----------
-    network : LatentODENetwork
-        In double precision if a series' result shall not depend on the others.
-    panel : Panel
-        Observations.
-    settings : SolverSettings
-        How to solve.
-    n_steps : int
-        Steps of refinement, 0 for none.
-    seed : int
-        Of the noise.
-    """
-    series = Series.of(panel, network.log_noise)
-    return _posterior(network, series, settings, n_steps, seed)
-
-
-def choose_steps(
-    network: LatentODENetwork,
-    panel: Panel,
-    settings: SolverSettings,
-    generator: torch.Generator,
-) -> int:
-    """Return with how many steps of refinement hidden values are predicted best.
-
-    None, or `REFINE_STEPS`. Where the model fits, the encoder's answer is worth
-    refining: forecasts of spirals from 30 points come from 0.16 to 0.09. Where it does
-    not, refined states follow the noise of what is seen and lead astray.
-
-    Parameters
-    ----------
-    network : LatentODENetwork
-        Trained.
-    panel : Panel
-        Series to judge by; some of them, drawn, are enough.
-    settings : SolverSettings
-        How to solve.
-    generator : torch.Generator
-        Draws the series and what is hidden of them.
-    """
-    series = Series.of(panel, network.log_noise)
-    rows = torch.randperm(len(series), generator=generator)[:JUDGES]
-    series = series[rows.sort().values.to(series.lengths.device)]
-    keep = draw_masks(series, generator)
-    seen, hidden = series.hide(keep), series.seen & ~keep
-    noise = normal_points(REFINE_DRAWS, network.latent_dim, 0, series.values)
-    errors = {}
-    for n_steps in (0, REFINE_STEPS):
-        q = _posterior(network, seen, settings, n_steps, 0)
-        with torch.no_grad():
-            means, _ = network(q.states(noise), q.start, series, settings)
-        errors[n_steps] = (means.mean(0) - series.values)[hidden].abs().sum()
-    return min(errors, key=errors.get)
-
-
-def _posterior(network, series, settings, n_steps, seed):
-    series = series.drop_empty_rows()
-    with torch.no_grad():
-        q = network.encode(series)
-    if not n_steps or not len(series):
-        return q
-    noise = normal_points(REFINE_DRAWS, network.latent_dim, seed, q.mean)
-    best, best_loss = q, torch.full_like(q.mean[:, 0], math.inf)
-    mean, log_scale = q.mean.clone(), q.scale.log()
-    optimizer = torch.optim.Adam(
-        [mean.requires_grad_(), log_scale.requires_grad_()], lr=REFINE_RATE
-    )
-    for step in range(n_steps + 1):
-        now = Posterior(q.start, mean, log_scale.exp())
-        means, _ = network(now.states(noise), q.start, series, settings)
-        losses = now.kl().sum(1) - network.log_likelihood(means, series).mean(0)
-        better = (losses.detach() < best_loss)[:, None]
-        best = Posterior(
-            q.start,
-            torch.where(better, mean.detach(), best.mean),
-            torch.where(better, now.scale.detach(), best.scale),
-        )
-        best_loss = torch.minimum(best_loss, losses.detach())
-        gradients = torch.autograd.grad(losses.sum(), (mean, log_scale))
-        mean.grad, log_scale.grad = gradients
-        for group in optimizer.param_groups:
-            group["lr"] = REFINE_RATE * (1 - step / (n_steps + 1))
-        optimizer.step()
-    return best
-
-
-@torch.no_grad()
-def predict_mean(
-    network: LatentODENetwork,
-    q: Posterior,
-    query: Panel,
-    settings: SolverSettings,
-    *,
-    n_draws: int = 16,
-    seed: int = 0,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and variance of the channels at the rows of a panel.
-
-    Noise is no part of the variance. Both have shape (n_rows, n_channels).
-    """
-    noise = normal_points(n_draws, network.latent_dim, seed, q.mean)
-    means = _at_rows(network, q, query, settings, noise)
-    return means.mean(0).numpy(), means.var(0, correction=0).numpy()
-
-
-@torch.no_grad()
-def draw(
-    network: LatentODENetwork,
-    q: Posterior,
-    query: Panel,
-    settings: SolverSettings,
-    n_draws: int,
-    generator: torch.Generator,
-) -> np.ndarray:
-    """Return sample paths without noise, (n_draws, n_rows, n_channels)."""
-    shape = n_draws, *q.mean.shape
-    noise = torch.randn(shape, generator=generator, dtype=torch.float64).to(q.mean)
-    return _at_rows(network, q, query, settings, noise).numpy()
-
-
-def _at_rows(network, q, query, settings, noise) -> Tensor:
-    """Return the means at the rows of a panel, (n_draws, n_rows, n_channels)."""
-    series = Series.of(query, q.mean)
-    means, _ = network(q.states(noise), q.start, series, settings)
-    position = torch.arange(series.time.shape[1], device=series.lengths.device)
-    return means[:, position < series.lengths[:, None]].cpu().double()

@@ -24,7 +24,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sknode._network import SolverSettings
 from sknode._series.network import LatentODENetwork
 from sknode._series.panel import Panel
-from sknode._series.training import Trainer, choose_steps, posterior, predict_mean
+from sknode._series.posterior import posterior, predict_mean, refinement_helps
+from sknode._series.training import Trainer
 from sknode._training import History, Recipe
 
 N_TRAIN, HALF = 800, 100
@@ -44,7 +45,7 @@ def make_panel(time, values, given):
 
 
 def fit(values, times, seed, epochs):
-    """Return a trained network, and the steps of refinement that suit it."""
+    """Return a trained network, and whether refinement helps it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = LatentODENetwork(values.shape[2], 0, 24, (128,), "silu", 64, (64,))
@@ -64,12 +65,12 @@ def fit(values, times, seed, epochs):
     trainer = Trainer(network, settings, recipe, generator, History())
     panel = make_panel(times, values, np.ones(values.shape[:2], bool))
     trainer.fit(panel)
-    return network.double(), choose_steps(network, panel, EXACT, generator)
+    return network.double(), refinement_helps(network, panel, EXACT, generator)
 
 
-def predict(network, n_steps, times, values, given, asked):
+def predict(network, refine, times, values, given, asked):
     """Return the means (n_series, n_times, n_channels) of the points asked for."""
-    q = posterior(network, make_panel(times, values, given), EXACT, n_steps=n_steps)
+    q = posterior(network, make_panel(times, values, given), EXACT, refine=refine)
     query = make_panel(times, np.full_like(values, np.nan), asked)
     mean, _ = predict_mean(network, q, query, EXACT)
     return mean.reshape(len(values), -1, values.shape[2])
@@ -136,7 +137,7 @@ def main():
             for name, x in (("", found), ("linear ", lines)):
                 error = (x - values[:, :HALF]) * scale
                 errors[f"{name}interpolation"].append((error**2).mean())
-        print(f"seed {seed}, {seconds:.0f} CPU s, {model[1]} steps of refinement")
+        print(f"seed {seed}, {seconds:.0f} CPU s, refined: {model[1]}")
         print(f"{'':24s}" + "".join(f"{share:8.0%}" for share in SHARES))
         for name, figures in errors.items():
             print(f"{name:24s}" + "".join(f"{100 * x:8.3f}" for x in figures))

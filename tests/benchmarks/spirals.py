@@ -30,7 +30,8 @@ from torch import nn
 from sknode._network import SolverSettings
 from sknode._series.network import LatentODENetwork
 from sknode._series.panel import Panel
-from sknode._series.training import Trainer, choose_steps, posterior, predict_mean
+from sknode._series.posterior import posterior, predict_mean, refinement_helps
+from sknode._series.training import Trainer
 from sknode._training import History, Recipe
 from sknode.datasets import make_spirals
 from sknode.datasets.series import (
@@ -80,8 +81,8 @@ def latent_ode(train, given, future, seed, epochs):
     trainer.fit(panel)
     network.double()
     exact = SolverSettings("dopri5", 1e-6, 1e-6, 10_000, "discrete", None)
-    n_steps = choose_steps(network, panel, exact, generator)
-    q = posterior(network, make_panel(given, *scaling), exact, n_steps=n_steps)
+    refine = refinement_helps(network, panel, exact, generator)
+    q = posterior(network, make_panel(given, *scaling), exact, refine=refine)
     mean, _ = predict_mean(network, q, make_panel(future, *scaling), exact)
     return mean * scaling[1] + scaling[0]
 

@@ -12,15 +12,14 @@ from sklearn.exceptions import ConvergenceWarning
 from sknode._network import SolverSettings
 from sknode._series.network import LatentODENetwork, Posterior, Series
 from sknode._series.panel import Panel
-from sknode._series.training import (
-    Trainer,
-    choose_steps,
+from sknode._series.posterior import (
     draw,
-    draw_masks,
     normal_points,
     posterior,
     predict_mean,
+    refinement_helps,
 )
+from sknode._series.training import Trainer, draw_masks
 from sknode._training import History, Recipe
 from sknode.ode import SolverError
 
@@ -119,28 +118,72 @@ def test_noise_is_recovered_and_forecasts_follow_the_curve(trained):
     assert 0.3 < z < 5
 
 
+def log_volume(q):
+    return q.factor.diagonal(dim1=1, dim2=2).abs().log().sum(1)
+
+
 def test_posterior_narrows_with_more_values(trained):
     panel, _ = make_panel(30, seed=1)
-    few, many = (posterior(trained, x, EXACT) for x in (first_half(panel), panel))
-    assert (many.kl().sum(1) > few.kl().sum(1)).double().mean() > 0.9
+    values = np.where(panel.time[:, None] < 0.2, panel.values, np.nan)
+    few = posterior(trained, replace(panel, values=values), EXACT)
+    many = posterior(trained, panel, EXACT)
+    assert (log_volume(many) < log_volume(few)).double().mean() > 0.9
 
 
-def test_refinement_raises_the_bound(trained):
+def test_refined_states_are_modes_with_the_curvature_there(trained):
     panel, _ = make_panel(30, seed=1)
     series = Series.of(panel, trained.log_noise)
-    noise = normal_points(512, 3, 7, trained.log_noise)
+    q = posterior(trained, panel, EXACT)
 
-    def bound(q):
-        with torch.no_grad():
-            means, _ = trained(q.states(noise), q.start, series, EXACT)
-            fit = trained.log_likelihood(means, series).mean(0)
-            return fit - q.kl().sum(1)
+    def errors(z):
+        means, _ = trained(z[None], q.start, series, EXACT)
+        scaled = (means[0] - series.values) / trained.noise
+        return torch.where(series.seen, scaled, torch.zeros_like(scaled)).flatten(1)
 
-    before = bound(posterior(trained, panel, EXACT, n_steps=0))
-    after = bound(posterior(trained, panel, EXACT))
-    # up to the error of the few draws that it uses
-    assert (after > before - 1.0).double().mean() > 0.9
-    assert after.mean() > before.mean() + 0.5
+    def minus_log_posterior(z):
+        return 0.5 * (errors(z).square().sum(1) + z.square().sum(1))
+
+    z = q.mean.clone().requires_grad_()
+    loss = minus_log_posterior(z)
+    encoded = posterior(trained, panel, EXACT, refine=False)
+    with torch.no_grad():
+        assert (loss < minus_log_posterior(encoded.mean)).all()
+    (slope,) = torch.autograd.grad(loss.sum(), z)
+    covariance = q.factor @ q.factor.mT
+    # in units of what is left open the mode is near; bent valleys take many steps
+    left = (slope[:, None] @ covariance @ slope[..., None]).flatten()
+    assert (left < 1e-2).double().mean() > 0.9
+    assert left.max() < 0.5
+    jacobian = torch.stack(
+        [
+            torch.autograd.grad(errors(z)[:, k].sum(), z)[0]
+            for k in range(series.seen[0].numel())
+        ],
+        1,
+    )
+    precision = jacobian.mT @ jacobian + torch.eye(3)
+    product = (covariance @ precision).detach()
+    torch.testing.assert_close(
+        product, torch.eye(3).double().expand_as(product), rtol=0, atol=0.02
+    )
+
+
+def test_states_that_cannot_be_solved_for_keep_the_prior(trained):
+    wild = copy.deepcopy(trained)
+    with torch.no_grad():
+        wild.field.layers[-1].weight.fill_(1e30)
+    panel, _ = make_panel(3, seed=1)
+    q = posterior(wild, panel, EXACT)
+    encoded = posterior(wild, panel, EXACT, refine=False)
+    torch.testing.assert_close(q.mean, encoded.mean)
+    torch.testing.assert_close(q.factor, torch.eye(3).double().expand(3, 3, 3))
+
+
+def test_a_series_without_values_has_the_prior(trained):
+    panel, _ = make_panel(3, seed=1)
+    q = posterior(trained, as_query(panel), EXACT)
+    assert not q.mean.any()
+    torch.testing.assert_close(q.factor, torch.eye(3).double().expand(3, 3, 3))
 
 
 def test_refinement_is_chosen_where_hidden_values_are_predicted_better(trained):
@@ -151,12 +194,12 @@ def test_refinement_is_chosen_where_hidden_values_are_predicted_better(trained):
     with torch.no_grad():
         for p in mute.posterior_map.parameters():
             p.zero_()
-    assert choose_steps(mute, panel, EXACT, generator.manual_seed(0)) > 0
+    assert refinement_helps(mute, panel, EXACT, generator.manual_seed(0))
     # a model that takes signal for noise makes refinement forget what is seen
     deaf = copy.deepcopy(trained)
     with torch.no_grad():
         deaf.log_noise.fill_(3.0)
-    assert choose_steps(deaf, panel, EXACT, generator.manual_seed(0)) == 0
+    assert not refinement_helps(deaf, panel, EXACT, generator.manual_seed(0))
 
 
 def test_predictions_of_a_series_depend_on_it_alone(trained):

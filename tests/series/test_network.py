@@ -194,14 +194,18 @@ def test_log_likelihood_is_that_of_the_seen_values():
     )
 
 
-def test_begin_keeps_the_first_part_of_each_series():
+def test_part_keeps_what_is_between_shares_of_the_time_of_each_series():
     series = make_series()
-    early = series.begin(0.5)
+    n = len(series)
     first, last = series.time[:, :1], series.time[:, -1:]
-    kept = (series.time <= first + 0.5 * (last - first)) & series.seen.any(-1)
-    assert early.lengths.tolist() == kept.sum(1).tolist()
-    assert early.seen.sum() == (series.seen & kept[..., None]).sum()
-    assert series.begin(1.0) is series
+    begin = torch.linspace(0, 0.5, n, dtype=torch.float64)[:, None]
+    low, high = (first + x * (last - first) for x in (begin, begin + 0.4))
+    part = series.part(begin, begin + 0.4)
+    kept = (series.time >= low) & (series.time <= high) & series.seen.any(-1)
+    assert part.lengths.tolist() == kept.sum(1).tolist()
+    assert part.seen.sum() == (series.seen & kept[..., None]).sum()
+    whole = series.part(torch.zeros(n, 1), torch.full((n, 1), 2.0))
+    assert torch.equal(whole.seen.sum((1, 2)), series.seen.sum((1, 2)))
 
 
 def test_failing_solve_raises_and_says_which_series():
