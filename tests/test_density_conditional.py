@@ -96,6 +96,7 @@ def test_density_given_several_values_integrates_to_one(of_several):
     assert np.exp(logs).sum() * (x[1] - x[0]) ** 2 == pytest.approx(1.0, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_known_conditional_density_is_found():
     X, y, _ = wave(1000, 0)
     test_X, test_y, exact = wave(2000, 1)
@@ -333,6 +334,7 @@ def test_bounds_and_rounded_columns_work_with_classes():
 # --- as an estimator ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_grid_search_by_held_out_likelihood():
     X, y, _ = wave(250, 0)
     search = GridSearchCV(
@@ -373,6 +375,7 @@ def test_methods_of_classifiers_are_there_only_for_classes(of_values, of_classes
         CNFDensity(conditional=True).predict([[0.0]])
 
 
+@pytest.mark.slow
 def test_whole_numbers_are_classes_unless_said_otherwise():
     X, y, _ = wave(120, 0)
     whole = y.round()

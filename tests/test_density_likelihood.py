@@ -52,6 +52,7 @@ def moons():
     return make_density("moons", 400, random_state=0)[0]
 
 
+@pytest.mark.slow
 def test_penalties_make_flows_that_spend_less(moons):
     def spent(**penalties):
         density = CNFDensity(**SHORT, objective="likelihood", **penalties).fit(moons)
@@ -97,7 +98,10 @@ def test_penalties_belong_to_simulation(moons):
         CNFDensity(kinetic_penalty=0.1).fit(moons)
 
 
-@pytest.mark.parametrize("objective", ["flow_matching", "likelihood"])
+@pytest.mark.parametrize(
+    "objective",
+    ["flow_matching", pytest.param("likelihood", marks=pytest.mark.slow)],
+)
 def test_a_field_of_ones_own_is_trained_and_exact(moons, objective):
     density = CNFDensity(
         **{**SHORT, "refine": True, "max_iter": 12},

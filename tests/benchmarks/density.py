@@ -134,6 +134,8 @@ def estimators(seed, seconds):
 def report(data, X, test, exact, args):
     """Fit all and print a line for each."""
     for name, estimator in estimators(args.seed, args.seconds):
+        if args.only and name not in args.only:
+            continue
         started = time.process_time()
         estimator.fit(X)
         fit = time.process_time() - started
@@ -183,6 +185,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--toys", nargs="*", default=["moons", "circles"])
     parser.add_argument("--tables", nargs="*", default=[], type=Path)
+    parser.add_argument("--only", nargs="+", help="names of estimators")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--rows", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)

@@ -294,7 +294,13 @@ class TestStates:
 
 
 class TestGradients:
-    @pytest.mark.parametrize("method", [*ADAPTIVE[:3], *GRID, *ADAMS[:2]])
+    @pytest.mark.parametrize(
+        "method",
+        [
+            pytest.param(x, marks=pytest.mark.slow if x == "bosh3" else ())
+            for x in (*ADAPTIVE[:3], *GRID, *ADAMS[:2])
+        ],
+    )
     def test_exact(self, method):
         f = Field()
         y0 = doubles(0.5, -1.0, 0.2).requires_grad_()
