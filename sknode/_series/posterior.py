@@ -32,6 +32,8 @@ N_STEPS, DIFFERENCE, LEAST_TOLERANCE = 20, 1e-4, 1e-6
 DAMPING, LESS, MORE = 0.1, 0.2, 5.0
 # A series is done when a step would gain less than so many nats.
 LEAST_GAIN = 1e-3
+# States and values that are solved for at a time.
+MOST_NUMBERS = 10_000_000
 # Series by which it is judged, and draws of their states.
 JUDGES, JUDGE_DRAWS = 100, 8
 
@@ -158,7 +160,19 @@ def _posterior(network, series, settings, refine):
         rtol=max(settings.rtol, LEAST_TOLERANCE),
         atol=max(settings.atol, LEAST_TOLERANCE),
     )
-    return _find_modes(network, q, series, settings)
+    # as many at a time as their Jacobians leave memory for
+    longest, dim = series.time.shape[1], network.latent_dim
+    size = longest * (dim + 1) * max(dim, series.values.shape[2])
+    rows = torch.arange(len(series), device=series.lengths.device)
+    parts = [
+        _find_modes(network, q[part], series[part], settings)
+        for part in rows.split(max(1, MOST_NUMBERS // size))
+    ]
+    return Laplace(
+        q.start,
+        torch.cat([part.mean for part in parts]),
+        torch.cat([part.factor for part in parts]),
+    )
 
 
 def _find_modes(network, q, series, settings) -> Laplace:
