@@ -223,12 +223,10 @@ def test_baselines_are_judged_on_the_same_hidden_values(fitted):
 
 
 def test_better_baseline_is_named():
-    """Steps that last: repeating the last value is exact, a smooth model is not."""
-    rng = np.random.default_rng(0)
-    level = np.repeat(rng.normal(size=40), 25)
-    table = pd.DataFrame({"x": level}).mask(rng.uniform(size=(1000, 1)) < 0.1)
-    with pytest.warns(UserWarning, match="last value is better than LatentODEImputer"):
-        quick().fit(table)
+    """A latent ODE alone does not learn a random walk in two epochs."""
+    walk = np.random.default_rng(0).normal(size=1000).cumsum()
+    with pytest.warns(UserWarning, match="linear interpolation is better than Latent"):
+        quick(residual=None).fit(pd.DataFrame({"x": walk}))
 
 
 def test_without_residual_it_is_the_model_of_the_paper(table):

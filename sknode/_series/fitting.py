@@ -8,8 +8,14 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from sknode._series.baselines import BASELINES
+from sknode._series.calibration import (
+    Z_COVERAGE,
+    Inflation,
+    distances,
+    typical_steps,
+)
 from sknode._series.covariance import fit_process, fit_warped_process
-from sknode._series.hidden import KINDS, hide_cells
+from sknode._series.hidden import KINDS, hide_cells, hide_ends
 from sknode._series.model import (
     Regime,
     SeriesModel,
@@ -23,12 +29,10 @@ __all__ = ["Fitted", "fit_series"]
 
 # With fewer observed cells nothing is hidden, and with fewer rows there is no network.
 LEAST_CELLS, LEAST_ROWS = 40, 40
-# Share of the hidden cells that an interval of `COVERAGE` is to cover; standard
-# deviations are corrected by at most these factors.
-COVERAGE, Z_COVERAGE = 0.9, 1.6448536269514722
-INFLATION_RANGE = 0.5, 3.0
-# Hidden cells of a channel that count as much as those of all channels together do.
-PRIOR_CELLS = 50
+# To correct intervals more cells are hidden, from the model as it is: this share of
+# them, as often as it takes to get so many, but not more often than that, in at most so
+# many series.
+HIDDEN_SHARE, MANY_CELLS, MOST_ROUNDS, ROUND_SERIES = 0.15, 2000, 4, 100
 # Series whose residuals are learned from, and by which candidates are judged, at most.
 MOST_SERIES = 300
 # A network is better than the process alone if its errors are smaller by so many
@@ -155,9 +159,10 @@ def _some_series(panel, rng):
 
 
 def _model(panel, warp, process, noise, rows_each, anchored):
-    ones = np.ones(panel.values.shape[1])
-    noise = np.zeros_like(ones) if noise is None else noise
-    return SeriesModel(warp, process, noise, ones, rows_each, anchored)
+    n_channels = panel.values.shape[1]
+    noise = np.zeros(n_channels) if noise is None else noise
+    inflation = Inflation.none(n_channels)
+    return SeriesModel(warp, process, noise, inflation, rows_each, anchored)
 
 
 def _judge(panel, kinds, candidates, rng) -> Fitted:
@@ -186,6 +191,10 @@ def _judge(panel, kinds, candidates, rng) -> Fitted:
             options, kept, asked, truth[here], cells, confidence
         )
         error[here], deviation[here] = found
+        if cells.any():
+            distance, channel = distances(kept, asked), np.nonzero(cells)[1]
+            judged = deviation[here][cells], distance[cells], channel
+            regime = _correct(regime, mean, kept, here is beyond, judged, rng)
         chosen.append((regime, mean, cells.any()))
     # what only one of the two was judged on, the other one takes over
     for one, other in ((0, 1), (1, 0)):
@@ -219,8 +228,8 @@ def _options(candidates):
 
 
 def _choose(options, kept, query, truth, cells, confidence):
-    """Return the best regime with its intervals corrected, its network, its errors and
-    its deviations in standard deviations, (n_rows, n_channels) both.
+    """Return the best regime, its network, and its errors and deviations in standard
+    deviations, (n_rows, n_channels) both.
 
     The first option is replaced only by the best of the others, and only by one that is
     better beyond chance.
@@ -234,14 +243,58 @@ def _choose(options, kept, query, truth, cells, confidence):
         other = min(range(1, len(tried)), key=lambda k: tried[k][2][cells].mean())
         if _is_better(tried[other][2], tried[0][2], cells, confidence):
             best = other
-    (regime, mean), (centre, std, error) = options[best], tried[best]
+    centre, std, error = tried[best]
+    return *options[best], error, _deviation(options[best][0], centre, std, truth)
+
+
+def _deviation(regime, centre, std, truth):
+    """Return how far from the centre values are, in standard deviations."""
     warp = regime.model.warp
     warped = truth if warp is None else warp.forward(truth)
-    deviation = np.abs(warped - centre) / std
-    if cells.any():
-        inflation = _inflation(deviation, cells)
-        regime = replace(regime, model=replace(regime.model, inflation=inflation))
-    return regime, mean, error, deviation
+    return np.abs(warped - centre) / std
+
+
+def _correct(regime, mean, kept, ahead, judged, rng):
+    """Return the regime with corrected intervals.
+
+    Parameters
+    ----------
+    regime, mean : Regime, object
+        The model as it is used, and its network.
+    kept : Panel
+        What it has learned from.
+    ahead : bool
+        Whether it is used beyond the observations, or between them.
+    judged : tuple of (deviation, distance, channel)
+        Of the cells that it was judged on.
+    rng : Generator
+        Draws what is hidden from it in addition.
+    """
+    parts = [judged]
+    if kept.n_series > ROUND_SERIES:
+        chosen = rng.choice(kept.n_series, ROUND_SERIES, replace=False)
+        kept = kept.take(np.sort(chosen))
+    step = typical_steps(kept)
+    wanted = MANY_CELLS / max(1.0, HIDDEN_SHARE * kept.observed.sum())
+    for _ in range(int(np.clip(np.ceil(wanted), 1, MOST_ROUNDS))):
+        if ahead:
+            mask, far = hide_ends(kept, rng)
+        else:
+            mask = hide_cells(kept, HIDDEN_SHARE, rng) > 0
+            far = np.zeros_like(mask)
+        context = kept.hide(mask)
+        cells = mask & kept.observed & ~far
+        rows = cells.any(1) & (beyond_observations(context, kept) == ahead)
+        if not rows.any():
+            continue
+        query, cells = kept.select(rows), cells[rows]
+        centre, std = regime.predict(mean, context, query)
+        deviation = _deviation(regime, centre, std, query.values)
+        distance = distances(context, query)
+        parts.append((deviation[cells], distance[cells], np.nonzero(cells)[1]))
+    joined = (np.concatenate(x) for x in zip(*parts, strict=True))
+    inflation = Inflation.learn(step, *joined)
+    return replace(regime, model=replace(regime.model, inflation=inflation))
 
 
 def _by_kind(error, kinds):
@@ -266,15 +319,3 @@ def _clearly_less(one, other):
     gain = other - one
     n = len(gain)
     return n > 10 and gain.mean() > 2 * gain.std() / np.sqrt(n)
-
-
-def _inflation(deviation, cells):
-    """Return the factors (n_channels,) that give intervals their coverage."""
-    overall = np.quantile(deviation[cells], COVERAGE) / Z_COVERAGE
-    factors = np.empty(cells.shape[1])
-    for c, here in enumerate(cells.T):
-        factors[c] = overall
-        if n := here.sum():
-            own = np.quantile(deviation[here, c], COVERAGE) / Z_COVERAGE
-            factors[c] = (n * own + PRIOR_CELLS * overall) / (n + PRIOR_CELLS)
-    return np.clip(factors, *INFLATION_RANGE)

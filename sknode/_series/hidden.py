@@ -6,7 +6,7 @@ import numpy as np
 
 from sknode._series.panel import Panel
 
-__all__ = ["BLOCK", "KINDS", "POINT", "TAIL", "hide_cells"]
+__all__ = ["BLOCK", "KINDS", "POINT", "TAIL", "hide_cells", "hide_ends"]
 
 POINT, BLOCK, TAIL = 1, 2, 3
 KINDS = {"points": POINT, "blocks": BLOCK, "tails": TAIL}
@@ -15,6 +15,8 @@ KINDS = {"points": POINT, "blocks": BLOCK, "tails": TAIL}
 MANY_SERIES = 20
 # Share of a series that is its tail, where only some series lose it.
 TAIL_SHARE = 0.3
+# Where all series are cut short they are so at a time in this part of theirs.
+CUTS = 0.5, 0.95
 # Blocks are up to so large a share of the cells of a series.
 LONGEST_BLOCK = 0.1
 # Series with fewer observed cells of a channel than this keep them.
@@ -81,3 +83,30 @@ def _hide_in_channel(kind, cells, share, rng):
         wanted -= length
     points = cells[rng.uniform(size=len(cells)) < share]
     kind[points[kind[points] == 0]] = POINT
+
+
+def hide_ends(panel: Panel, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Cut all series short.
+
+    Parameters
+    ----------
+    panel : Panel
+        Observations.
+    rng : Generator
+        Draws where.
+
+    Returns
+    -------
+    hidden : ndarray of shape (n_rows, 1), bool
+        Which rows come after the cut.
+    far : ndarray of shape (n_rows, 1), bool
+        Which of them come more than a share of `TAIL_SHARE` after it.
+    """
+    filled = panel.lengths > 0
+    first, span = np.zeros(panel.n_series), np.zeros(panel.n_series)
+    first[filled] = panel.time[panel.offsets[:-1][filled]]
+    span[filled] = panel.time[panel.offsets[1:][filled] - 1] - first[filled]
+    cut = first + span * rng.uniform(*CUTS, panel.n_series)
+    series = panel.series_of_rows()
+    ahead = (panel.time - cut[series])[:, None]
+    return ahead > 0, ahead > TAIL_SHARE * span[series][:, None]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from sknode._series.calibration import Inflation
 from sknode._series.panel import Panel
 from sknode._series.scaling import Scaling
 from sknode._series.state_space import LinearProcess
@@ -30,7 +31,7 @@ class SeriesModel:
         What ``r`` and the noise follow; without it there is noise alone.
     noise : ndarray of shape (n_channels,)
         Variance of the noise where there is no process.
-    inflation : ndarray of shape (n_channels,)
+    inflation : Inflation
         What standard deviations are multiplied with.
     rows_each : int or None
         Rows of a window that the network sees at a time.
@@ -41,7 +42,7 @@ class SeriesModel:
     warp: Warp | None
     process: LinearProcess | None
     noise: np.ndarray
-    inflation: np.ndarray
+    inflation: Inflation
     rows_each: int | None
     anchored: bool
 
@@ -115,7 +116,7 @@ class SeriesModel:
         if n_draws > 1:
             variance = variance + path.var(0)
         variance = np.broadcast_to(variance, path.shape[1:])
-        return path.mean(0), np.sqrt(variance) * self.inflation
+        return path.mean(0), np.sqrt(variance) * self.inflation.at(context, query)
 
     def sample(self, mean, context: Panel, query: Panel, n_draws, rng):
         """Return paths (n_draws, n_rows, n_channels), coherent in time, with noise."""
@@ -135,7 +136,8 @@ class SeriesModel:
                 follow = self.process.sample(rest, query, len(rows), rng)
                 paths[rows] = at_query[d] + follow
         paths += rng.normal(size=paths.shape) * np.sqrt(noise)
-        return self.inverse(centre + (paths - centre) * self.inflation)
+        wider = (paths - centre) * self.inflation.at(context, query)
+        return self.inverse(centre + wider)
 
 
 @dataclass(frozen=True)

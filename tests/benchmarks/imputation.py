@@ -17,6 +17,8 @@ gp              GaussianProcessRegressor: trend, period, short range and noise; 
                 tables of one series, a channel at a time, on at most 1500 rows; knows
                 the period of the calendar
 process         the linear process of sknode on warped channels; is told no period
+imputer         LatentODEImputer with its defaults: a latent ODE and the process where
+                that helps; is told no period
 
     python tests/benchmarks/imputation.py --data data --seeds 0 1
 """
@@ -41,6 +43,7 @@ from sklearn.gaussian_process.kernels import (
 )
 from sklearn.impute import IterativeImputer, KNNImputer
 
+from sknode import LatentODEImputer
 from sknode._series.covariance import fit_warped_process
 from sknode._series.panel import Panel
 
@@ -221,7 +224,17 @@ def process(table, values):
     return tuple(warp.snap(warp.inverse(end)) for end in ends)
 
 
-METHODS = [interpolation, last, knn, iterative, gp, process]
+def imputer(table, values):
+    """LatentODEImputer; also return 90 % intervals."""
+    series = np.repeat(np.arange(len(table.offsets) - 1), np.diff(table.offsets))
+    index = pd.MultiIndex.from_arrays([series, table.time], names=["series", "day"])
+    frame = pd.DataFrame(values, index).rename(columns="x{}".format)
+    filled, std = LatentODEImputer(random_state=0).fit(frame).impute(frame, True)
+    reach = 1.645 * std.to_numpy()
+    return filled.to_numpy(), filled.to_numpy() - reach, filled.to_numpy() + reach
+
+
+METHODS = [interpolation, last, knn, iterative, gp, process, imputer]
 
 
 def trial(table, pattern, seed, methods):
@@ -237,6 +250,7 @@ def trial(table, pattern, seed, methods):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             warnings.simplefilter("ignore", RuntimeWarning)
+            warnings.filterwarnings("ignore", ".* is better than LatentODE")
             filled = method(table, values)
         seconds = time.process_time() - start
         coverage = np.nan
