@@ -8,7 +8,7 @@ import numpy as np
 
 from sknode._series.panel import Panel
 
-__all__ = ["Inflation", "distances", "typical_steps"]
+__all__ = ["Cells", "Inflation", "distances", "typical_steps"]
 
 # Share of the hidden cells that an interval is to cover, and its reach in standard
 # deviations.
@@ -19,8 +19,45 @@ RANGE = 0.5, 3.0
 # linear interpolation in the logarithm. Each is learned from what is nearer to it than
 # to the others.
 NODES = np.array([1.0, 4.0, 16.0])
-# Hidden cells of a channel, or of a distance, that count as much as all together do.
-PRIOR_CELLS = 50
+# Hidden cells of a channel, or of a distance, that count as much as all together do,
+# and cells that count as much as what is expected from the parameters.
+PRIOR_CELLS, FEW_CELLS = 50, 10
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Hidden cells.
+
+    Attributes
+    ----------
+    deviation : ndarray of shape (n_cells,)
+        Distances from the centres, in standard deviations.
+    distance : ndarray of shape (n_cells,)
+        Distances in time from the nearest observation of the channel.
+    channel : ndarray of shape (n_cells,), int
+        The channels.
+    """
+
+    deviation: np.ndarray
+    distance: np.ndarray
+    channel: np.ndarray
+
+    @classmethod
+    def of(cls, deviation, cells, context: Panel, query: Panel) -> Cells:
+        """Return those of the rows of a query (n_rows, n_channels)."""
+        distance = distances(context, query)
+        return cls(deviation[cells], distance[cells], np.nonzero(cells)[1])
+
+    @classmethod
+    def join(cls, parts) -> Cells:
+        """Return all of several."""
+        names = "deviation", "distance", "channel"
+        return cls(*(np.concatenate([getattr(x, k) for x in parts]) for k in names))
+
+    def nodes(self, step):
+        """Return the node that is nearest to each cell."""
+        place = _log_steps(self.distance, step[self.channel])
+        return np.abs(np.log(NODES)[:, None] - place).argmin(0)
 
 
 @dataclass(frozen=True)
@@ -44,42 +81,34 @@ class Inflation:
         return cls(np.ones(n_channels), np.ones((len(NODES), n_channels)))
 
     @classmethod
-    def learn(cls, step, deviation, distance, channel) -> Inflation:
+    def learn(cls, step, profile: Cells, judged: Cells) -> Inflation:
         """Learn from hidden cells.
 
         Parameters
         ----------
         step : ndarray of shape (n_channels,)
             As the attribute.
-        deviation : ndarray of shape (n_cells,)
-            Distances from the centres, in standard deviations.
-        distance : ndarray of shape (n_cells,)
-            Distances in time from the nearest observation of the channel.
-        channel : ndarray of shape (n_cells,), int
-            The channels.
+        profile : Cells
+            What tells how much more it takes far than near: many cells, that the
+            parameters of the model may have been learned from.
+        judged : Cells
+            What tells how much it takes: cells that were hidden from the model.
         """
-
-        def log_factor(cells, above, prior):
-            """Return what deviations, divided by factors so far, lack on some cells."""
-            own = prior
-            if len(cells):
-                lack = np.quantile(deviation[cells] / above, COVERAGE) / Z_COVERAGE
-                own = np.log(np.clip(lack, *RANGE))
-            return (len(cells) * own + PRIOR_CELLS * prior) / (len(cells) + PRIOR_CELLS)
-
-        everything = np.arange(len(deviation))
-        place = _log_steps(distance, step[channel])
-        node = np.abs(np.log(NODES)[:, None] - place).argmin(0)
-        overall = log_factor(everything, 1.0, 0.0)
+        nodes = np.arange(len(NODES))
+        node = profile.nodes(step)
+        overall = _log_factor(profile.deviation, 0.0)
         by_node = np.array(
-            [log_factor(everything[node == k], 1.0, overall) for k in range(len(NODES))]
+            [_log_factor(profile.deviation[node == k], overall) for k in nodes]
         )
-        logs = np.empty((len(NODES), len(step)))
-        for c in range(len(step)):
-            # what is particular about a channel is so at every distance
-            cells = everything[channel == c]
-            logs[:, c] = by_node + log_factor(cells, np.exp(by_node[node[cells]]), 0.0)
-        return cls(step, np.clip(np.exp(logs), *RANGE))
+        lack = judged.deviation / np.exp(by_node[judged.nodes(step)])
+        by_node += _log_factor(lack, 0.0, FEW_CELLS)
+        lack = judged.deviation / np.exp(by_node[judged.nodes(step)])
+        # what is particular about a channel is so at every distance
+        by_channel = np.array(
+            [_log_factor(lack[judged.channel == c], 0.0) for c in range(len(step))]
+        )
+        factors = np.exp(by_node[:, None] + by_channel)
+        return cls(step, np.clip(factors, *RANGE))
 
     def at(self, context: Panel, query: Panel) -> np.ndarray:
         """Return the factors (n_rows, n_channels) for the cells of a query."""
@@ -88,6 +117,17 @@ class Inflation:
         return np.exp(
             np.stack([np.interp(x, np.log(NODES), y) for x, y in columns], axis=1)
         )
+
+
+def _log_factor(deviation, prior, n_prior=PRIOR_CELLS):
+    """Return the logarithm of what gives intervals their coverage, as far as cells can
+    tell.
+    """
+    n, own = len(deviation), prior
+    if n:
+        lack = np.quantile(deviation, COVERAGE) / Z_COVERAGE
+        own = np.log(np.clip(lack, *RANGE))
+    return (n * own + n_prior * prior) / (n + n_prior)
 
 
 def _log_steps(distance, step):

@@ -10,8 +10,8 @@ import numpy as np
 from sknode._series.baselines import BASELINES
 from sknode._series.calibration import (
     Z_COVERAGE,
+    Cells,
     Inflation,
-    distances,
     typical_steps,
 )
 from sknode._series.covariance import fit_process, fit_warped_process
@@ -38,7 +38,7 @@ MOST_SERIES = 300
 # A network is better than the process alone if its errors are smaller by so many
 # standard errors: between observations, and beyond them, where few cells can tell and a
 # process goes back to a mean.
-CONFIDENCE = 1.0, 0.0
+CONFIDENCE = 2.0, 0.0
 # Beyond the observations a network may do better if it is told only those within so
 # much time, the span of a typical series being 1.
 RECENT = 0.5, 0.25, 0.125
@@ -192,8 +192,7 @@ def _judge(panel, kinds, candidates, rng) -> Fitted:
         )
         error[here], deviation[here] = found
         if cells.any():
-            distance, channel = distances(kept, asked), np.nonzero(cells)[1]
-            judged = deviation[here][cells], distance[cells], channel
+            judged = Cells.of(found[1], cells, kept, asked)
             regime = _correct(regime, mean, kept, here is beyond, judged, rng)
         chosen.append((regime, mean, cells.any()))
     # what only one of the two was judged on, the other one takes over
@@ -265,8 +264,8 @@ def _correct(regime, mean, kept, ahead, judged, rng):
         What it has learned from.
     ahead : bool
         Whether it is used beyond the observations, or between them.
-    judged : tuple of (deviation, distance, channel)
-        Of the cells that it was judged on.
+    judged : Cells
+        What it was judged on.
     rng : Generator
         Draws what is hidden from it in addition.
     """
@@ -290,10 +289,8 @@ def _correct(regime, mean, kept, ahead, judged, rng):
         query, cells = kept.select(rows), cells[rows]
         centre, std = regime.predict(mean, context, query)
         deviation = _deviation(regime, centre, std, query.values)
-        distance = distances(context, query)
-        parts.append((deviation[cells], distance[cells], np.nonzero(cells)[1]))
-    joined = (np.concatenate(x) for x in zip(*parts, strict=True))
-    inflation = Inflation.learn(step, *joined)
+        parts.append(Cells.of(deviation, cells, context, query))
+    inflation = Inflation.learn(step, Cells.join(parts), judged)
     return replace(regime, model=replace(regime.model, inflation=inflation))
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from sknode._series.calibration import Inflation, distances, typical_steps
+from sknode._series.calibration import Cells, Inflation, distances, typical_steps
 from sknode._series.hidden import hide_ends
 from sknode._series.panel import Panel
 
@@ -50,19 +50,31 @@ def test_intervals_get_their_coverage_near_and_far():
     # what is far is less certain than was thought, and one channel more so
     true = np.where(distance < 3, 1.0, 1.8) * np.where(channel == 1, 1.3, 0.9)
     deviation = np.abs(rng.normal(size=n)) * true
-    inflation = Inflation.learn(np.ones(2), deviation, distance, channel)
+    cells = Cells(deviation, distance, channel)
+    inflation = Inflation.learn(np.ones(2), cells, cells)
     context = make_panel([0], [0.0], [[0.0, 0.0]])
     for x, expected in ((1.0, 1.0), (16.0, 1.8), (1e3, 1.8)):
         found = inflation.at(context, make_panel([0], [x], [[NAN, NAN]]))
         np.testing.assert_allclose(found, [[0.9 * expected, 1.3 * expected]], rtol=0.1)
 
 
+def test_the_profile_is_of_many_cells_and_the_size_of_those_that_were_hidden():
+    rng = np.random.default_rng(0)
+    n = 20_000
+    distance = np.where(rng.uniform(size=n) < 0.5, 1.0, 16.0)
+    deviation = np.abs(rng.normal(size=n)) * np.where(distance < 3, 0.8, 1.6)
+    profile = Cells(deviation, distance, np.zeros(n, int))
+    few = Cells(1.25 * deviation[:400], distance[:400], np.zeros(400, int))
+    factors = Inflation.learn(np.ones(1), profile, few).factors
+    np.testing.assert_allclose(factors[[0, 2], 0], [1.0, 2.0], rtol=0.15)
+
+
 def test_few_cells_change_little_and_none_nothing():
-    few = Inflation.learn(np.ones(1), np.full(3, 50.0), np.ones(3), np.zeros(3, int))
-    assert (few.factors < 1.3).all()
-    empty = np.zeros(0)
-    none = Inflation.learn(np.ones(2), empty, empty, empty.astype(int))
-    np.testing.assert_array_equal(none.factors, 1.0)
+    few = Cells(np.full(1, 50.0), np.ones(1), np.zeros(1, int))
+    assert (Inflation.learn(np.ones(1), few, few).factors < 1.3).all()
+    none = Cells(np.zeros(0), np.zeros(0), np.zeros(0, int))
+    factors = Inflation.learn(np.ones(2), none, none).factors
+    np.testing.assert_array_equal(factors, 1.0)
 
 
 def test_steps_are_those_between_observations_of_a_channel():
