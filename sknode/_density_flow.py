@@ -35,7 +35,7 @@ __all__ = [
 DYNAMICS = ("mlp", "planar")
 # Strength of the penalty on what steps get wrong, in the likelihood of the finish.
 # Steep units exploit the error of steps soon if it is much less.
-STEP_PENALTY = 20.0
+STEP_PENALTY = 5.0
 
 
 class DensityFlow(nn.Module):

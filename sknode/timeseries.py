@@ -83,7 +83,7 @@ class LatentODERegressor(RegressorMixin, BaseLatentODE):
     rtol, atol : float, default=1e-8
         Relative and absolute tolerance of the solver, at least 1e-3 in training. Read
         again at prediction.
-    max_steps : int, default=1000
+    max_steps : int, default=10_000
         Steps that the solver may attempt for a series.
     step_size : float, default=0.02
         Length of the steps of the solvers without error estimate, in units of
@@ -198,7 +198,7 @@ class LatentODERegressor(RegressorMixin, BaseLatentODE):
         solver="dopri5",
         rtol=1e-8,
         atol=1e-8,
-        max_steps=1000,
+        max_steps=10_000,
         step_size=0.02,
         gradient="discrete",
         optimizer="muon",
@@ -731,7 +731,7 @@ class LatentODEImputer(OneToOneFeatureMixin, TransformerMixin, BaseLatentODE):
         ODE solver, as in `sknode.ode.solve_ode`.
     rtol, atol : float, default=1e-8
         Relative and absolute tolerance of the solver, at least 1e-3 in training.
-    max_steps : int, default=1000
+    max_steps : int, default=10_000
         Steps that the solver may attempt for a series.
     step_size : float, default=0.02
         Length of the steps of the solvers without error estimate, in units of
@@ -846,7 +846,7 @@ class LatentODEImputer(OneToOneFeatureMixin, TransformerMixin, BaseLatentODE):
         solver="dopri5",
         rtol=1e-8,
         atol=1e-8,
-        max_steps=1000,
+        max_steps=10_000,
         step_size=0.02,
         gradient="discrete",
         optimizer="muon",

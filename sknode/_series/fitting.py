@@ -24,6 +24,7 @@ from sknode._series.model import (
 )
 from sknode._series.panel import Panel
 from sknode._series.windows import Windows, window_rows
+from sknode.ode import SolverError
 
 __all__ = ["Fitted", "fit_series"]
 
@@ -235,7 +236,14 @@ def _choose(options, kept, query, truth, cells, confidence):
     """
     tried = []
     for regime, mean in options:
-        centre, std = regime.predict(mean, kept, query)
+        try:
+            centre, std = regime.predict(mean, kept, query)
+        except SolverError:
+            # of no use, whatever it is elsewhere
+            if not tried:
+                raise
+            tried.append((None, None, np.full(truth.shape, 1e10)))
+            continue
         tried.append((centre, std, np.abs(regime.model.point(centre) - truth)))
     best = 0
     if len(options) > 1 and cells.any():

@@ -53,6 +53,10 @@ class SeriesModel:
         values = self.warp.forward(self.warp.limit(panel.values))
         return replace(panel, values=values)
 
+    def given(self, context: Panel) -> Panel:
+        """Return the rows of a context with an observation, with warped values."""
+        return self.forward(context.select(context.observed.any(1)))
+
     def inverse(self, values):
         """Return values from warped ones."""
         return values if self.warp is None else self.warp.inverse(values)
@@ -87,7 +91,7 @@ class SeriesModel:
 
     def latent(self, mean, context: Panel, query: Panel):
         """Return the latent states of the network (n_rows, latent_dim)."""
-        context = self.forward(context)
+        context = self.given(context)
         windows = Windows.cut(context, self.rows_each, self.anchored)
         states = mean.posterior(windows.panel(context)[0])
         asked, rows = windows.assign(query)
@@ -100,7 +104,7 @@ class SeriesModel:
         """Return predictive means and standard deviations (n_rows, n_channels), of
         warped values.
         """
-        context = self.forward(context)
+        context = self.given(context)
         at_context, at_query = self.paths(mean, context, query)
         n_draws = len(at_query)
         if self.process is None:
@@ -121,7 +125,7 @@ class SeriesModel:
     def sample(self, mean, context: Panel, query: Panel, n_draws, rng):
         """Return paths (n_draws, n_rows, n_channels), coherent in time, with noise."""
         centre = self.predict(mean, context, query)[0]
-        context = self.forward(context)
+        context = self.given(context)
         at_context, at_query = self.paths(mean, context, query)
         drawn = rng.integers(len(at_query), size=n_draws)
         paths = np.empty((n_draws, *query.values.shape))
