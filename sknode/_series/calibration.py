@@ -13,8 +13,9 @@ __all__ = ["Cells", "Inflation", "distances", "typical_steps"]
 # Share of the hidden cells that an interval is to cover, and its reach in standard
 # deviations.
 COVERAGE, Z_COVERAGE = 0.9, 1.6448536269514722
-# Standard deviations are corrected by at most these factors.
-RANGE = 0.5, 3.0
+# Standard deviations are corrected by at most these factors: hardly made smaller, as
+# much of what tells so was learned from.
+RANGE = 0.95, 3.0
 # Distances, in steps of a channel, at which factors are learned; those between are by
 # linear interpolation in the logarithm. Each is learned from what is nearer to it than
 # to the others.
@@ -126,7 +127,7 @@ def _log_factor(deviation, prior, n_prior=PRIOR_CELLS):
     n, own = len(deviation), prior
     if n:
         lack = np.quantile(deviation, COVERAGE) / Z_COVERAGE
-        own = np.log(np.clip(lack, *RANGE))
+        own = np.log(np.clip(lack, 1 / RANGE[1], RANGE[1]))
     return (n * own + n_prior * prior) / (n + n_prior)
 
 
