@@ -104,6 +104,9 @@ class SeriesModel:
         """Return predictive means and standard deviations (n_rows, n_channels), of
         warped values.
         """
+        some = np.flatnonzero(query.lengths)  # the rows of the query stay the same
+        if len(some) < query.n_series:
+            context, query = context.take(some), query.take(some)
         context = self.given(context)
         at_context, at_query = self.paths(mean, context, query)
         n_draws = len(at_query)
@@ -111,12 +114,10 @@ class SeriesModel:
             path, variance = at_query, self.noise
         else:
             # the process is conditioned on what each draw leaves
-            stacked = _stack(context, context.values - at_context)
-            follow, variance = self.process.posterior(stacked, _stack(query, at_query))
-            shape = at_query.shape
-            path = at_query + follow.reshape(shape)
-            # that of the process does not depend on the values
-            variance = variance.reshape(shape)[0] + self.process.noise_variance
+            rest = context.values - at_context
+            follow, variance = self.process.posteriors(context, rest, query)
+            path = at_query + follow
+            variance = variance + self.process.noise_variance
         if n_draws > 1:
             variance = variance + path.var(0)
         variance = np.broadcast_to(variance, path.shape[1:])
@@ -326,15 +327,3 @@ class Predictive:
             scaled = self.model.warp.forward(scaled)
         z = (scaled - self.mean) / self.std
         return slope - 0.5 * (z**2 + np.log(2 * np.pi)) - np.log(self.std)
-
-
-def _stack(panel: Panel, values) -> Panel:
-    """Return a panel in which every series comes once for every draw of the values."""
-    n_draws, n = len(values), len(panel.time)
-    shifts = n * np.arange(n_draws)[:, None]
-    return Panel(
-        np.append((panel.offsets[:-1] + shifts).ravel(), n_draws * n),
-        np.tile(panel.time, n_draws),
-        values.reshape(n_draws * n, values.shape[2]),
-        np.tile(panel.covariates, (n_draws, 1)),
-    )

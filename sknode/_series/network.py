@@ -339,7 +339,9 @@ class LatentODENetwork(nn.Module):
 
         They have shape (n_draws, n_series, length, n_channels); see `flow`.
         """
-        z, n_f_evals = self.flow(states, start, series.time, solver, strict)
+        # a series without rows is padded with times of others
+        time = torch.where(series.lengths[:, None] > 0, series.time, start[:, None])
+        z, n_f_evals = self.flow(states, start, time, solver, strict)
         return self.decode(z, series.covariates), n_f_evals
 
     def log_likelihood(self, means: Tensor, series: Series) -> Tensor:

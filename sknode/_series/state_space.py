@@ -221,16 +221,37 @@ class LinearProcess:
         -------
         mean, variance : ndarray of shape (n_queries, n_channels)
         """
+        means, variance = self.posteriors(panel, panel.values[None], query)
+        return means[0], variance
+
+    def posteriors(self, panel, values, query):
+        """Return means for several sets of values at the same times.
+
+        Parameters
+        ----------
+        panel : Panel
+            Tells when what is observed.
+        values : ndarray of shape (n_sets, n_rows, n_channels)
+            In place of those of the panel.
+        query : Panel
+            As in ``posterior``.
+
+        Returns
+        -------
+        means : ndarray of shape (n_sets, n_queries, n_channels)
+        variance : ndarray of shape (n_queries, n_channels)
+            That of all of them: it does not depend on values.
+        """
         layout = _Layout(panel, query)
-        values = self._centred(panel, layout)[:, None]
-        mean = np.empty((len(query.time), len(self.mean)))
-        variance = np.empty_like(mean)
-        for batch in layout.batches(self._bytes_per_node(1)):
-            smooth = _Smoother(self, layout.cells(batch, values), variance=True)
+        cells = values[:, layout.rows, layout.channels] - self.mean[layout.channels]
+        means = np.empty((len(values), len(query.time), len(self.mean)))
+        variance = np.empty(means.shape[1:])
+        for batch in layout.batches(self._bytes_per_node(len(values))):
+            smooth = _Smoother(self, layout.cells(batch, cells.T), variance=True)
             row, place = layout.queries_of(batch)
-            mean[row] = smooth.mean[place][..., 0] + self.mean
+            means[:, row] = np.moveaxis(smooth.mean[place], -1, 0) + self.mean
             variance[row] = np.maximum(smooth.variance[place], 0.0)
-        return mean, variance
+        return means, variance
 
     def sample(self, panel, query, n_draws, rng):
         """Draw channels, without noise, at other times given observations.

@@ -224,3 +224,16 @@ def test_same_as_saved_and_loaded():
     other = make_network()
     other.load_state_dict(network.state_dict())
     assert torch.equal(means_of(network, series), means_of(other, series))
+
+
+def test_series_without_rows_are_not_solved_for():
+    network = make_network()
+    panel = make_panel((5, 6, 7))
+    q = network.encode(make_series(panel))
+    # the first has none, and would take the times of the next one
+    asked = Panel(
+        np.array([0, 0, 6, 13]), panel.time[5:], panel.values[5:], panel.covariates[5:]
+    )
+    started = replace(q, start=torch.tensor([100.0, 0.0, 0.0]).double())
+    _, n_f_evals = network(q.mean[None], started.start, make_series(asked), SETTINGS)
+    assert n_f_evals[0] <= 2 < n_f_evals[1]

@@ -253,3 +253,15 @@ def test_pickled_process_is_plain_numpy(case):
     np.testing.assert_array_equal(
         copy.posterior(panel, query)[0], process.posterior(panel, query)[0]
     )
+
+
+def test_several_sets_of_values_are_smoothed_as_each_alone():
+    process, panel = make_process(), make_panel([6, 1, 9])
+    query = make_panel([4, 2, 3], seed=1)
+    rng = np.random.default_rng(0)
+    values = panel.values + rng.normal(size=(3, *panel.values.shape))
+    means, variance = process.posteriors(panel, values, query)
+    for one, mean in zip(values, means, strict=True):
+        alone = process.posterior(dataclasses.replace(panel, values=one), query)
+        np.testing.assert_allclose(mean, alone[0], atol=1e-12)
+        np.testing.assert_allclose(variance, alone[1], atol=1e-12)
