@@ -17,10 +17,13 @@ from sknode._series.calibration import (
 from sknode._series.covariance import fit_process, fit_warped_process
 from sknode._series.hidden import KINDS, hide_cells, hide_ends
 from sknode._series.model import (
+    AFTER,
+    BEFORE,
+    BETWEEN,
     Regime,
     SeriesModel,
     SwitchedModel,
-    beyond_observations,
+    places,
 )
 from sknode._series.panel import Panel
 from sknode._series.windows import Windows, window_rows
@@ -37,12 +40,12 @@ HIDDEN_SHARE, MANY_CELLS, MOST_ROUNDS, ROUND_SERIES = 0.15, 2000, 4, 100
 # Series whose residuals are learned from, and by which candidates are judged, at most.
 MOST_SERIES = 300
 # A network is better than the process alone if its errors are smaller by so many
-# standard errors: between observations, and beyond them, where few cells can tell and a
-# process goes back to a mean.
-CONFIDENCE = 2.0, 0.0
-# Beyond the observations a network may do better if it is told only those within so
+# standard errors; not ahead, where few cells can tell, and a process goes back to a
+# mean.
+CONFIDENCE = {BEFORE: 0.0, BETWEEN: 2.0, AFTER: 0.0}
+# Ahead of the observations a network may do better if it is told only those within so
 # much time, the span of a typical series being 1.
-RECENT = 0.5, 0.25, 0.125
+RECENT = 0.5, 0.35, 0.25, 0.125
 
 
 @dataclass
@@ -169,7 +172,7 @@ def _model(panel, warp, process, noise, rows_each, anchored):
 def _judge(panel, kinds, candidates, rng) -> Fitted:
     """Choose the better candidate on hidden cells and correct its intervals.
 
-    One between observations and one beyond them, if these are not the same.
+    One between observations and one after them, if these are not the same.
     """
     with_hidden = np.unique(panel.series_of_rows()[(kinds > 0).any(1)])
     if len(with_hidden) > MOST_SERIES:
@@ -180,24 +183,20 @@ def _judge(panel, kinds, candidates, rng) -> Fitted:
     rows = (kinds > 0).any(1)
     query = kept.select(rows)
     truth, kinds = panel.values[rows], kinds[rows]
-    beyond = beyond_observations(kept, query)
     error, deviation = np.full(truth.shape, np.nan), np.full(truth.shape, np.nan)
-    chosen = []
-    for here, options, confidence in zip(
-        (~beyond, beyond), _options(candidates), CONFIDENCE, strict=True
-    ):
-        cells = kinds[here] > 0
-        asked = query.select(here)
+    where, chosen = places(kept, query), {}
+    for place, options in _options(candidates).items():
+        here = where == place
+        cells, asked = kinds[here] > 0, query.select(here)
         regime, mean, *found = _choose(
-            options, kept, asked, truth[here], cells, confidence
+            options, kept, asked, truth[here], cells, CONFIDENCE[place]
         )
         error[here], deviation[here] = found
-        if cells.any():
-            judged = Cells.of(found[1], cells, kept, asked)
-            regime = _correct(regime, mean, kept, here is beyond, judged, rng)
-        chosen.append((regime, mean, cells.any()))
+        judged = Cells.of(found[1], cells, kept, asked)
+        regime = _correct(regime, mean, kept, place, judged, rng)
+        chosen[place] = regime, mean, cells.any()
     # what only one of the two was judged on, the other one takes over
-    for one, other in ((0, 1), (1, 0)):
+    for one, other in ((BETWEEN, AFTER), (AFTER, BETWEEN)):
         if not chosen[one][2]:
             chosen[one] = chosen[other]
     scores = {"model": _by_kind(error, kinds)}
@@ -210,21 +209,19 @@ def _judge(panel, kinds, candidates, rng) -> Fitted:
             if _clearly_less(theirs[here], error[here]):
                 beaten_by.append((name, kind))
     coverage = float((deviation[kinds > 0] < Z_COVERAGE).mean())
-    regimes, means, _ = zip(*chosen, strict=True)
+    regimes, means, _ = zip(*map(chosen.get, (BEFORE, BETWEEN, AFTER)), strict=True)
     mean = next((m for m in means if m is not None), None)
     return Fitted(SwitchedModel(*regimes), mean, scores, beaten_by, coverage)
 
 
 def _options(candidates):
-    """Return what is to be chosen from between observations and beyond them: lists of
+    """Return what is to be chosen from before, between and after observations: lists of
     regimes with their networks.
     """
     plain = [(Regime(model, mean is not None), mean) for model, mean in candidates]
     model, mean = candidates[-1]
-    if mean is None:
-        return plain, plain
-    recent = [(Regime(model, True, r), mean) for r in RECENT]
-    return plain, plain + recent
+    recent = [(Regime(model, True, r), mean) for r in RECENT if mean is not None]
+    return {BEFORE: plain[:1], BETWEEN: plain, AFTER: plain + recent}
 
 
 def _choose(options, kept, query, truth, cells, confidence):
@@ -261,7 +258,7 @@ def _deviation(regime, centre, std, truth):
     return np.abs(warped - centre) / std
 
 
-def _correct(regime, mean, kept, ahead, judged, rng):
+def _correct(regime, mean, kept, place, judged, rng):
     """Return the regime with corrected intervals.
 
     Parameters
@@ -270,8 +267,8 @@ def _correct(regime, mean, kept, ahead, judged, rng):
         The model as it is used, and its network.
     kept : Panel
         What it has learned from.
-    ahead : bool
-        Whether it is used beyond the observations, or between them.
+    place : {BEFORE, BETWEEN, AFTER}
+        Where it is used. What came before is as uncertain as what comes after.
     judged : Cells
         What it was judged on.
     rng : Generator
@@ -284,14 +281,14 @@ def _correct(regime, mean, kept, ahead, judged, rng):
     step = typical_steps(kept)
     wanted = MANY_CELLS / max(1.0, HIDDEN_SHARE * kept.observed.sum())
     for _ in range(int(np.clip(np.ceil(wanted), 1, MOST_ROUNDS))):
-        if ahead:
+        if place != BETWEEN:
             mask, far = hide_ends(kept, rng)
         else:
             mask = hide_cells(kept, HIDDEN_SHARE, rng) > 0
             far = np.zeros_like(mask)
         context = kept.hide(mask)
         cells = mask & kept.observed & ~far
-        rows = cells.any(1) & (beyond_observations(context, kept) == ahead)
+        rows = cells.any(1) & (places(context, kept) == abs(place))
         if not rows.any():
             continue
         query, cells = kept.select(rows), cells[rows]

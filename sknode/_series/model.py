@@ -13,7 +13,18 @@ from sknode._series.state_space import LinearProcess
 from sknode._series.warp import Warp
 from sknode._series.windows import Windows
 
-__all__ = ["Predictive", "Regime", "SeriesModel", "SwitchedModel"]
+__all__ = [
+    "AFTER",
+    "BEFORE",
+    "BETWEEN",
+    "Predictive",
+    "Regime",
+    "SeriesModel",
+    "SwitchedModel",
+    "places",
+]
+
+BEFORE, BETWEEN, AFTER = -1, 0, 1
 
 
 @dataclass(frozen=True)
@@ -105,6 +116,8 @@ class SeriesModel:
         warped values.
         """
         some = np.flatnonzero(query.lengths)  # the rows of the query stay the same
+        if not len(some):
+            return np.empty(query.values.shape), np.empty(query.values.shape)
         if len(some) < query.n_series:
             context, query = context.take(some), query.take(some)
         context = self.given(context)
@@ -156,9 +169,9 @@ class Regime:
     network : bool
         Whether it uses the network.
     recent : float or None
-        Where rows are beyond the observations, how much of the time of these the model
-        is told: a latent state far from the end has to flow a long way to it, and what
-        it takes on the way for wrong is not made good.
+        Of how much of the time up to the last observation the model is told: a latent
+        state far from the end has to flow a long way to it, and what goes wrong on the
+        way is not made good.
     """
 
     model: SeriesModel
@@ -168,51 +181,38 @@ class Regime:
     def predict(self, mean, context: Panel, query: Panel):
         """Return predictive means and standard deviations, as `SeriesModel.predict`."""
         mean = mean if self.network else None
-        std = np.empty(query.values.shape)
-        centre = np.empty_like(std)
-        for rows, near in self._ends(context, query):
-            found = self.model.predict(mean, near, query.select(rows))
-            centre[rows], std[rows] = found
-        return centre, std
+        return self.model.predict(mean, self._told(context), query)
 
     def sample(self, mean, context: Panel, query: Panel, n_draws, rng):
         """Return paths, as `SeriesModel.sample`."""
         mean = mean if self.network else None
-        paths = np.empty((n_draws, *query.values.shape))
-        for rows, near in self._ends(context, query):
-            asked = query.select(rows)
-            paths[:, rows] = self.model.sample(mean, near, asked, n_draws, rng)
-        return paths
+        return self.model.sample(mean, self._told(context), query, n_draws, rng)
 
-    def _ends(self, context, query):
-        """Yield rows of the query, and of the context what is near to them."""
+    def _told(self, context):
+        """Return what of a context the model is told."""
         if self.recent is None:
-            yield np.ones(len(query.time), bool), context
-            return
-        first, last = ends_of_observations(context)
-        series = context.series_of_rows()
-        before = query.time < first[query.series_of_rows()]
-        early = context.time <= first[series] + self.recent
-        late = context.time >= last[series] - self.recent
-        for rows, near in ((before, early), (~before, late)):
-            if rows.any():
-                yield rows, context.select(near)
+            return context
+        _, last = ends_of_observations(context)
+        late = context.time >= last[context.series_of_rows()] - self.recent
+        return context.select(late)
 
 
 @dataclass(frozen=True)
 class SwitchedModel:
-    """One model between the observations of a series, another one beyond them.
+    """One model between the observations of a series, others before and after them.
 
     Where values are dense a process that passes near them is hard to beat; ahead of the
-    last one a latent ODE may know what a process does not. Both pass near the
-    observations at the ends.
+    last one a latent ODE may know what a process does not. What came before the first
+    one it does not know: systems that lose energy cannot be solved backwards for long.
+    All pass near the observations at the ends.
 
     Attributes
     ----------
-    inside, outside : Regime
+    before, inside, outside : Regime
         The models, with the same warp.
     """
 
+    before: Regime
     inside: Regime
     outside: Regime
 
@@ -252,11 +252,13 @@ class SwitchedModel:
 
     def _regimes(self, context, query):
         """Yield what answers, and which rows of the query it is asked."""
-        if self.inside is self.outside:
+        if self.before is self.inside is self.outside:
             yield self.inside, np.ones(len(query.time), bool)
             return
-        beyond = beyond_observations(context, query)
-        for regime, rows in ((self.inside, ~beyond), (self.outside, beyond)):
+        place = places(context, query)
+        regimes = (BEFORE, self.before), (BETWEEN, self.inside), (AFTER, self.outside)
+        for here, regime in regimes:
+            rows = place == here
             if rows.any():
                 yield regime, rows
 
@@ -274,11 +276,16 @@ def ends_of_observations(context: Panel) -> tuple[np.ndarray, np.ndarray]:
     return first, last
 
 
-def beyond_observations(context: Panel, query: Panel) -> np.ndarray:
-    """Return which rows of a query (n_rows,) are before or after what is observed."""
+def places(context: Panel, query: Panel) -> np.ndarray:
+    """Return whether rows of a query (n_rows,) are before what is observed, between
+    observations, or after them: `BEFORE`, `BETWEEN` or `AFTER`.
+
+    All rows of a series of which nothing is observed are before it.
+    """
     first, last = ends_of_observations(context)
     asked = query.series_of_rows()
-    return (query.time < first[asked]) | (query.time > last[asked])
+    place = np.where(query.time > last[asked], AFTER, BETWEEN)
+    return np.where(query.time < first[asked], BEFORE, place)
 
 
 @dataclass(frozen=True)
