@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from sknode._warning import stacklevel_of_caller
 from sknode.ode import SolverError
 
-__all__ = ["Average", "History", "Recipe", "make_optimizer", "train"]
+__all__ = [
+    "Average",
+    "History",
+    "Recipe",
+    "make_optimizer",
+    "train",
+    "warn_unless_converged",
+]
 
 
 # Updates that the median norm of gradients is taken of.
@@ -50,6 +57,7 @@ class Recipe:
     fall_share: float = 0.0
     # Epochs at the start that are not judged: what is learned still changes.
     settling: int = 0
+    warns: bool = True  # whether a warning says that training had not converged
     verbose: bool = False
     name: str = "estimator"
 
@@ -293,13 +301,8 @@ def train(
         share = history.fallen / (history.fall + 1)
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * level * (1 - share)
-    if epoch + 1 == recipe.max_iter > 1 and not history.converged:
-        warnings.warn(
-            f"{recipe.name}: max_iter={recipe.max_iter} was reached and the "
-            "training had not converged yet. Raise max_iter or learning_rate_init.",
-            ConvergenceWarning,
-            stacklevel=stacklevel_of_caller(),
-        )
+    if epoch + 1 == recipe.max_iter and recipe.warns:
+        warn_unless_converged(recipe.name, recipe.max_iter, history)
     if best is None and average is not None:
         best = list(followed.parameters())
     if best is not None:
@@ -326,6 +329,17 @@ def penalize(optimizer: torch.optim.Optimizer, alpha: float) -> None:
     for group in optimizer.param_groups:
         key = "penalty" if "penalty" in group else "weight_decay"
         group[key] = alpha if group["decay"] else 0.0
+
+
+def warn_unless_converged(name: str, max_iter: int, history: History) -> None:
+    """Warn that training has ended after ``max_iter`` epochs, and only therefore."""
+    if max_iter > 1 and not history.converged:
+        warnings.warn(
+            f"{name}: max_iter={max_iter} was reached and the training had not "
+            "converged yet. Raise max_iter or learning_rate_init.",
+            ConvergenceWarning,
+            stacklevel=stacklevel_of_caller(),
+        )
 
 
 def has_finished(recipe: Recipe, history: History, validated: bool) -> bool:
