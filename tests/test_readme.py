@@ -12,7 +12,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_examples_run(capsys):
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names = {}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -20,6 +20,7 @@ def test_examples_run(capsys):
             assert len(block.strip().splitlines()) <= 11
             exec(compile(block, "README.md", "exec"), names)
     assert names["search"].best_score_ > 0.93
+    assert names["density"].sample(2).shape == (2, 2)
     assert not names["filled"].isna().any().any()
     assert capsys.readouterr().out
 
