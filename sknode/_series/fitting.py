@@ -199,8 +199,18 @@ def _judge(panel, kinds, candidates, rng) -> Fitted:
     for one, other in ((BETWEEN, AFTER), (AFTER, BETWEEN)):
         if not chosen[one][2]:
             chosen[one] = chosen[other]
-    scores = {"model": _by_kind(error, kinds)}
-    beaten_by = []
+    scores, beaten_by = _compare(error, kept, query, truth, kinds)
+    coverage = float((deviation[kinds > 0] < Z_COVERAGE).mean())
+    regimes, means, _ = zip(*map(chosen.get, (BEFORE, BETWEEN, AFTER)), strict=True)
+    mean = next((m for m in means if m is not None), None)
+    return Fitted(SwitchedModel(*regimes), mean, scores, beaten_by, coverage)
+
+
+def _compare(error, kept, query, truth, kinds):
+    """Return mean errors of the model and of baselines by kind of hidden cell, and the
+    baselines, with the kind, that are better.
+    """
+    scores, beaten_by = {"model": _by_kind(error, kinds)}, []
     for name, baseline in BASELINES.items():
         theirs = np.abs(baseline(kept, query) - truth)
         scores[name] = _by_kind(theirs, kinds)
@@ -208,10 +218,7 @@ def _judge(panel, kinds, candidates, rng) -> Fitted:
             here = kinds == code
             if _clearly_less(theirs[here], error[here]):
                 beaten_by.append((name, kind))
-    coverage = float((deviation[kinds > 0] < Z_COVERAGE).mean())
-    regimes, means, _ = zip(*map(chosen.get, (BEFORE, BETWEEN, AFTER)), strict=True)
-    mean = next((m for m in means if m is not None), None)
-    return Fitted(SwitchedModel(*regimes), mean, scores, beaten_by, coverage)
+    return scores, beaten_by
 
 
 def _options(candidates):
