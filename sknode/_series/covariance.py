@@ -28,7 +28,8 @@ FLOOR = 1e-3
 RANK = 4
 # Up to this many channels every block has a process for each of them that is smooth.
 FEW = 8
-MOST_CYCLES, MOST_HARMONICS = 2, 6
+# Periods that stand out but do not pay do not end the search at once.
+MOST_CYCLES, MOST_HARMONICS, MOST_TRIES = 2, 6, 2
 # Parts of a block with less variance than this are left out of the process.
 NEGLIGIBLE = 1e-6
 LEARNING_RATE = 0.1
@@ -100,6 +101,11 @@ class _Model(torch.nn.Module):
     def power(self):
         """Powers of the warp, between 0 and 2."""
         return 2 * torch.sigmoid(self.power_)
+
+    @property
+    def n_cycles(self):
+        """Number of periods."""
+        return len({block.first for block in self.blocks if block.kind == "cycle"})
 
     def powers(self):
         """Return the powers of the warp as an array, ones without a warp."""
@@ -403,11 +409,12 @@ def _fit(panel, rng, warped, window, n_windows, n_steps, batch):
     model = _Model(n_channels, _start_blocks(n_channels, step, span), warped, generator)
     best = learn(model)
     most = MOST_HARMONICS if n_channels <= FEW else 2
-    for _ in range(MOST_CYCLES):
+    refused = []
+    while len(refused) < MOST_TRIES and model.n_cycles < MOST_CYCLES:
         warp = Warp(zero, one, model.powers(), (bounds - centre) / scale)
         seen = replace(panel, values=warp.forward(values))
         weight = -model.process(zero, one).log_density_and_gradient(seen)[1]
-        period = find_cycle(panel, weight, step, rng)
+        period = find_cycle(panel, weight, step, rng, refused)
         if period is None:
             break
         cycle = _cycle_blocks(period, step, span, len(model.blocks), most)
@@ -417,7 +424,8 @@ def _fit(panel, rng, warped, window, n_windows, n_steps, batch):
         # Schwarz's criterion.
         n_new = len(cycle) * n_channels + 2
         if score < best + n_new * 0.5 * math.log(windows.n_cells):
-            break
+            refused.append(period)
+            continue
         model, best = larger, score
     if not warped:
         return None, model.process(centre, scale)

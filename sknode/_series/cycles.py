@@ -21,9 +21,13 @@ FINE, MOST = 4, 2**18
 REPEATS = 3
 # How far a multiple of a period stands out if it is there.
 PEAK = 6.0
+# Frequencies that differ by less than this share are one.
+NEAR = 0.02
+# Multiples of a frequency that may belong to it.
+HARMONICS = 6
 
 
-def find_cycle(panel, weight, step, rng, most_series=64, level=1e-3):
+def find_cycle(panel, weight, step, rng, refused=(), most_series=64, level=1e-3):
     """Find the most prominent period.
 
     Parameters
@@ -35,6 +39,8 @@ def find_cycle(panel, weight, step, rng, most_series=64, level=1e-3):
         A typical step in time.
     rng : numpy.random.Generator
         Chooses series if there are many.
+    refused : sequence of float
+        Periods that are not to be found, nor parts of them.
     most_series : int
     level : float
         The probability to find a period where there is none.
@@ -54,6 +60,9 @@ def find_cycle(panel, weight, step, rng, most_series=64, level=1e-3):
     smooth = median_filter(power[at], octave, mode="nearest")
     background = np.interp(frequency, log_grid, smooth) / typical
     ratio = power / np.maximum(background, 1e-300)
+    for period in refused:
+        for multiple in range(1, HARMONICS + 1):
+            ratio[np.abs(frequency * period / multiple - 1) < NEAR] = 0.0
     best = int(np.argmax(ratio))
     n_free = len(frequency) / 2
     if ratio[best] < gamma.isf(level / n_free, n_parts) / n_parts:
@@ -102,7 +111,7 @@ def _fundamental(ratio, frequency, best):
         base = frequency[best] / divisor
         if base < frequency[0]:
             break
-        multiples = base * np.arange(1, 7)
+        multiples = base * np.arange(1, HARMONICS + 1)
         near = np.searchsorted(frequency, multiples[multiples <= frequency[-1]])
         near = (near[:, None] + np.arange(-2, 2)).clip(0, len(ratio) - 1)
         peaks = ratio[near].max(1)

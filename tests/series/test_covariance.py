@@ -8,6 +8,7 @@ import torch
 
 from sknode._series import covariance
 from sknode._series.covariance import fit_process, fit_warped_process
+from sknode._series.cycles import find_cycle
 from sknode._series.panel import Panel
 from sknode._series.state_space import LinearProcess
 from sknode._series.warp import Warp, find_levels
@@ -240,3 +241,18 @@ def test_warp_has_an_inverse_and_a_slope(power):
     np.testing.assert_allclose(warp.inverse(warped), values, rtol=1e-10, atol=1e-10)
     slope = (warp.forward(values + 1e-6) - warp.forward(values - 1e-6)) / 2e-6
     np.testing.assert_allclose(np.exp(warp.log_slope(values)), slope, rtol=1e-6)
+
+
+def test_a_refused_period_makes_way_for_the_next():
+    time = np.arange(2000) * 1.0
+    rng = np.random.default_rng(0)
+    values = 2 * np.sin(2 * np.pi * time / 31) + np.sin(2 * np.pi * time / 100)
+    panel = make_panel((values + rng.normal(size=2000))[:, None], time)
+    found = []
+    for _ in range(2):
+        found.append(find_cycle(panel, panel.values, 1.0, rng, found))
+    # or small multiples of them
+    multiples = np.array(found) / [31, 100]
+    np.testing.assert_allclose(multiples, np.rint(multiples), rtol=0.01)
+    assert (multiples > 0.5).all()
+    assert find_cycle(panel, panel.values, 1.0, rng, found) is None
