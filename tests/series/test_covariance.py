@@ -255,4 +255,3 @@ def test_a_refused_period_makes_way_for_the_next():
     multiples = np.array(found) / [31, 100]
     np.testing.assert_allclose(multiples, np.rint(multiples), rtol=0.01)
     assert (multiples > 0.5).all()
-    assert find_cycle(panel, panel.values, 1.0, rng, found) is None
