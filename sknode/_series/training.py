@@ -205,9 +205,10 @@ class Trainer:
     def _make_score(self, series: Series, average: Average):
         """Return a function that scores the averaged network on held-out series.
 
-        Masks and noise are drawn once, so that epochs compare.
+        That is their evidence lower bound, whole: what the encoder makes of parts is no
+        measure of the model, as predictions may refine it. The noise is drawn once, so
+        that epochs compare.
         """
-        visible = series.hide(draw_masks(series, self.generator))
         shape = len(series), self.network.latent_dim
         noise = torch.randn(shape, generator=self.generator).to(series.values)
         n_cells = max(1, int(series.seen.sum()))
@@ -215,7 +216,7 @@ class Trainer:
         @torch.no_grad()
         def score():
             network = average.module
-            q = network.encode(visible)
+            q = network.encode(series)
             means, _ = network(q.states(noise)[None], q.start, series, self.settings)
             fit = network.log_likelihood(means, series).sum()
             return float(fit - q.kl().sum()) / n_cells
