@@ -19,6 +19,7 @@ import time
 import warnings
 
 import numpy as np
+import pandas as pd
 import torch
 from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
@@ -177,8 +178,10 @@ def draw(model, given, future, path):
             (ahead, "tab:red", "forecast"),
         ):
             ax.plot(*part[TRUTH].to_numpy().T, color="0.8", lw=4)
-            mean = model.predict(part[WHERE])
-            ax.plot(*mean.T, color=colour, label=label)
+            # between the observations: at them predictions know their noise, too
+            times = np.linspace(part["time"].min(), part["time"].max(), 203)[1:-1]
+            where = pd.DataFrame({"series": series, "time": times})
+            ax.plot(*model.predict(where).T, color=colour, label=label)
         ax.plot(*seen[COORDINATES].to_numpy().T, "k.", ms=4, label="observed")
         ax.set_aspect("equal", "datalim")
         way = "clockwise" if clockwise[series] else "counterclockwise"
