@@ -164,7 +164,7 @@ class CNFDensity(
         Rows of a minibatch; "auto" is 1/32 of them, but from 32 to 200.
     learning_rate_init : float, default=1e-2
         Step size of the training algorithm.
-    max_iter : int, default=100
+    max_iter : int, default=90
         Largest number of epochs of each network. An epoch is a pass over the rows; of
         more than 10,000 it takes so many, drawn anew.
     tol : float, default=2e-3
@@ -335,7 +335,7 @@ class CNFDensity(
         alpha=1e-4,
         batch_size="auto",
         learning_rate_init=1e-2,
-        max_iter=100,
+        max_iter=90,
         tol=2e-3,
         n_iter_no_change=10,
         early_stopping=True,
