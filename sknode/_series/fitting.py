@@ -145,6 +145,7 @@ def _complete(warped, warp, mean, residual, settings, rng):
     ones = np.ones(warped.values.shape[1])
     model = _model(warped, None, None, ones, *settings)
     some = _some_series(warped, rng)
+    some = some.select(some.observed.any(1))
     rest = some.values - model.paths(mean, some, some)[0].mean(0)
     if residual:
         process = fit_process(replace(some, values=rest), rng=rng)

@@ -105,6 +105,12 @@ class Series:
         inside = (self.time >= first + begin * span) & (self.time <= first + end * span)
         return self.hide(inside[..., None]).drop_empty_rows()
 
+    def times_from(self, start: Tensor) -> Tensor:
+        """Return the times to solve for from a start (n_series,): for a series without
+        rows, which is padded with times of others, the start itself.
+        """
+        return torch.where(self.lengths[:, None] > 0, self.time, start[:, None])
+
     def first_rows(self) -> Tensor:
         """Return which rows (n_series, length) are the first with a value."""
         some = self.seen.any(-1)
@@ -339,8 +345,7 @@ class LatentODENetwork(nn.Module):
 
         They have shape (n_draws, n_series, length, n_channels); see `flow`.
         """
-        # a series without rows is padded with times of others
-        time = torch.where(series.lengths[:, None] > 0, series.time, start[:, None])
+        time = series.times_from(start)
         z, n_f_evals = self.flow(states, start, time, solver, strict)
         return self.decode(z, series.covariates), n_f_evals
 

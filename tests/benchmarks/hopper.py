@@ -7,7 +7,7 @@ forecast. Interpolation: the same share of the points of a random window of 100 
 given, all of them are to be found. The figure is the mean squared error, times 100;
 theirs is that of their best model, trained on more trajectories (10,000 in all).
 
-    python tests/benchmarks/hopper.py --data hopper_train.npz [--seeds 0] [--epochs 200]
+    python tests/benchmarks/hopper.py --data hopper_train.npz [--seeds 0] [--epochs 100]
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--epochs", type=int, default=200)
+    parser.add_argument("--epochs", type=int, default=100)
     args = parser.parse_args()
     warnings.simplefilter("ignore", ConvergenceWarning)
     warnings.filterwarnings("ignore", ".* is better than LatentODE")
