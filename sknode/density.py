@@ -195,7 +195,7 @@ class CNFDensity(
     ----------
     n_features_in_ : int
         Number of features seen in ``fit``.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (`n_features_in_`,)
         Names of the features, if X had string column names.
     n_components_ : int
         Components of the mixture that the flow starts from; those of all classes.
@@ -205,7 +205,7 @@ class CNFDensity(
         Labels, if the density is conditional on classes.
     class_prior_ : ndarray of shape (n_classes,)
         Shares of the classes, if there are any.
-    widths_ : ndarray of shape (n_features_in_,)
+    widths_ : ndarray of shape (`n_features_in_`,)
         Widths of the columns that are dequantized, 0 for others.
     n_iter_ : int
         Number of epochs; where no network was trained, iterations of the mixture.

@@ -141,7 +141,7 @@ class ODENetClassifier(ClassifierMixin, BaseODENet):
         The classes.
     n_features_in_ : int
         Number of features seen in ``fit``.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (`n_features_in_`,)
         Names of the features, if X had string column names.
     n_iter_ : int
         Number of epochs of the last ``fit``.
@@ -600,7 +600,7 @@ class ODENetRegressor(RegressorMixin, BaseODENet):
         Their weighted standard deviation; 1 where a target is constant.
     n_features_in_ : int
         Number of features seen in ``fit``.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (`n_features_in_`,)
         Names of the features, if X had string column names.
     n_iter_ : int
         Number of epochs of the last ``fit``.

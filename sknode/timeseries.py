@@ -126,7 +126,7 @@ class LatentODERegressor(RegressorMixin, BaseLatentODE):
     ----------
     n_features_in_ : int
         Number of columns of X in ``fit``.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (`n_features_in_`,)
         Their names, if they are strings.
     n_outputs_ : int
         Number of channels.
@@ -774,7 +774,7 @@ class LatentODEImputer(OneToOneFeatureMixin, TransformerMixin, BaseLatentODE):
     ----------
     n_features_in_ : int
         Number of columns in ``fit``.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (`n_features_in_`,)
         Their names, if they are strings.
     module_ : LatentODENetwork or None
         The latent ODE; None if values that were hidden are predicted no better with it,

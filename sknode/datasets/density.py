@@ -25,8 +25,8 @@ def make_density(name, n_samples=1000, *, noise=None, random_state=None):
 
     Parameters
     ----------
-    name : {"moons", "circles", "8gaussians", "checkerboard", "pinwheel", "spirals", \
-            "rings"}
+    name : {"moons", "circles", "8gaussians", "checkerboard", "pinwheel", \
+            "spirals", "rings"}
         Which one.
     n_samples : int, default=1000
         Number of rows.

@@ -37,11 +37,39 @@ class GivenField(nn.Module):
         self.field, self.condition = field, condition
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
-        """Evaluate at times (a scalar or (n, 1)) and states (n, dim)."""
+        """Evaluate the field.
+
+        Parameters
+        ----------
+        t : Tensor
+            Times: a scalar or of shape (n, 1).
+        y : Tensor of shape (n, dim)
+            States.
+
+        Returns
+        -------
+        Tensor of shape (n, dim)
+            Slopes.
+        """
         return self.field(t, y, self.condition)
 
     def with_divergence(self, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Evaluate the field (n, dim) and its divergence (n,)."""
+        """Evaluate the field and its divergence.
+
+        Parameters
+        ----------
+        t : Tensor
+            Times: a scalar or of shape (n, 1).
+        y : Tensor of shape (n, dim)
+            States.
+
+        Returns
+        -------
+        slope : Tensor of shape (n, dim)
+            Slopes.
+        divergence : Tensor of shape (n,)
+            Traces of their Jacobians.
+        """
         return self.field.with_divergence(t, y, self.condition)
 
 
@@ -95,7 +123,18 @@ class ClassMixtureField(nn.Module):
         return self.components.variances
 
     def given(self, condition: Tensor) -> MixtureField:
-        """Return the flow for rows of classes, by their indicators (n, n_classes)."""
+        """Return the flow for rows of given classes.
+
+        Parameters
+        ----------
+        condition : Tensor of shape (n, n_classes)
+            Indicators of their classes.
+
+        Returns
+        -------
+        MixtureField
+            The flow, with weights for every row.
+        """
         log_weights = self.log_weights.T[condition.argmax(1)]
         return self.components.replace(log_weights, self.components.centres)
 
@@ -115,9 +154,8 @@ class JointMixtureField(nn.Module):
         Shares of the components, positive.
     means : Tensor of shape (n_components, dim + condition_dim)
         Means of x and y.
-    covariances : Tensor of shape \
-            (n_components, dim + condition_dim, dim + condition_dim)
-        Their covariances, positive definite.
+    covariances : Tensor of shape (n_components, dim_all, dim_all)
+        Their covariances, positive definite; ``dim_all = dim + condition_dim``.
 
     Examples
     --------
@@ -162,7 +200,18 @@ class JointMixtureField(nn.Module):
         return self.components.variances
 
     def given(self, condition: Tensor) -> MixtureField:
-        """Return the flow for rows with conditions (n, condition_dim)."""
+        """Return the flow for rows of given values.
+
+        Parameters
+        ----------
+        condition : Tensor of shape (n, condition_dim)
+            Values of y.
+
+        Returns
+        -------
+        MixtureField
+            The flow, with weights and means for every row.
+        """
         u = condition[:, None, :] - self.condition_means  # (n, k, condition_dim)
         z = torch.einsum("kqr,nkr->nkq", self.whiten, u)
         logs = self.whiten.diagonal(dim1=1, dim2=2).log().sum(-1)

@@ -35,11 +35,39 @@ class SumField(nn.Module):
         self.fields = nn.ModuleList(fields)
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
-        """Evaluate the sum at times (a scalar or (n, 1)) and states (n, dim)."""
+        """Evaluate the sum.
+
+        Parameters
+        ----------
+        t : Tensor
+            Times: a scalar or of shape (n, 1).
+        y : Tensor of shape (n, dim)
+            States.
+
+        Returns
+        -------
+        Tensor of shape (n, dim)
+            Slopes.
+        """
         return sum(field(t, y) for field in self.fields)
 
     def with_divergence(self, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Evaluate the sum (n, dim) and its divergence (n,)."""
+        """Evaluate the sum and its divergence.
+
+        Parameters
+        ----------
+        t : Tensor
+            Times: a scalar or of shape (n, 1).
+        y : Tensor of shape (n, dim)
+            States.
+
+        Returns
+        -------
+        slope : Tensor of shape (n, dim)
+            Slopes.
+        divergence : Tensor of shape (n,)
+            Traces of their Jacobians.
+        """
         pairs = [field.with_divergence(t, y) for field in self.fields]
         slopes, divergences = zip(*pairs, strict=True)
         return sum(slopes), sum(divergences)
@@ -84,11 +112,39 @@ class DivergenceField(nn.Module):
         self.register_buffer("probes", probes)
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
-        """Evaluate the field at times (a scalar or (n, 1)) and states (n, dim)."""
+        """Evaluate the field.
+
+        Parameters
+        ----------
+        t : Tensor
+            Times: a scalar or of shape (n, 1).
+        y : Tensor of shape (n, dim)
+            States.
+
+        Returns
+        -------
+        Tensor of shape (n, dim)
+            Slopes.
+        """
         return self.field(t, y)
 
     def with_divergence(self, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Evaluate the field (n, dim) and its divergence (n,)."""
+        """Evaluate the field and its divergence.
+
+        Parameters
+        ----------
+        t : Tensor
+            Times: a scalar or of shape (n, 1).
+        y : Tensor of shape (n, dim)
+            States.
+
+        Returns
+        -------
+        slope : Tensor of shape (n, dim)
+            Slopes.
+        divergence : Tensor of shape (n,)
+            Traces of their Jacobians.
+        """
         differentiable = torch.is_grad_enabled()
         with torch.enable_grad():
             y = y if y.requires_grad else y.detach().requires_grad_()
@@ -142,12 +198,31 @@ class LogDensityField(nn.Module):
         self.field = field
 
     def forward(self, t: Tensor, state: Tensor) -> Tensor:
-        """Evaluate at times (a scalar or (n, 1)) and states (n, dim + 1)."""
+        """Evaluate the field and the change of the log-density.
+
+        Parameters
+        ----------
+        t : Tensor
+            Times: a scalar or of shape (n, 1).
+        state : Tensor of shape (n, dim + 1)
+            States, the log-density last.
+
+        Returns
+        -------
+        Tensor of shape (n, dim + 1)
+            Slopes.
+        """
         slope, divergence = self.field.with_divergence(t, state[:, :-1])
         return torch.cat([slope, -divergence[:, None]], 1)
 
     def density_network(self) -> DensityNetwork | None:
-        """Return what a kernel has to know, or None if there is none for the field."""
+        """Return what a kernel has to know of the field.
+
+        Returns
+        -------
+        DensityNetwork or None
+            Its weights; None if there is no kernel for it.
+        """
         if type(self) is LogDensityField and isinstance(self.field, ConcatSquashField):
             return self.field.make_density_network()
         return None

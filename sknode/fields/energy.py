@@ -52,7 +52,18 @@ class EnergyField(nn.Module):
         self.register_buffer("probe", probe)
 
     def start(self, y: Tensor) -> Tensor:
-        """Return the flat state for (n, *state_shape) states without any history."""
+        """Return the flat state of states without any history.
+
+        Parameters
+        ----------
+        y : Tensor of shape (n, \\*state_shape)
+            States of the field.
+
+        Returns
+        -------
+        Tensor of shape (n, size)
+            Flat states.
+        """
         n_integrals = 1 if self.probe is None else 2
         return nn.functional.pad(y.flatten(1), (0, n_integrals))
 
@@ -66,7 +77,7 @@ class EnergyField(nn.Module):
 
         Returns
         -------
-        y : Tensor of shape (n, *state_shape)
+        y : Tensor of shape (n, \\*state_shape)
             States of the field.
         kinetic : Tensor of shape (n,)
             Integral of the mean of ``f^2``.

@@ -98,6 +98,11 @@ class MixtureField(nn.Module):
             Logarithms of shares that add up to one, the same for all rows or not.
         centres : Tensor of shape (n_components, dim) or (n, n_components, dim)
             Means in the axes of the components.
+
+        Returns
+        -------
+        MixtureField
+            The flow. It shares the covariances of this one.
         """
         field = MixtureField.__new__(MixtureField)
         nn.Module.__init__(field)
@@ -182,12 +187,34 @@ class MixtureField(nn.Module):
         return slope, (shares * within).sum((1, 2)) - (slope * score).sum(-1)
 
     def log_density(self, t: Tensor, y: Tensor) -> Tensor:
-        """Return the log-density (n,) of ``x_t``: at t = 1 that of the mixture."""
+        """Return the log-density of ``x_t``: at t = 1 that of the mixture.
+
+        Parameters
+        ----------
+        t, y : Tensor
+            As in ``forward``.
+
+        Returns
+        -------
+        Tensor of shape (n,)
+            Log-densities.
+        """
         _, u, c = self._components(t, y)
         return self._logs(u, c).logsumexp(-1)
 
     def with_score(self, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the velocity and the gradient of the log-density, both (n, dim)."""
+        """Return the velocity and the gradient of the log-density.
+
+        Parameters
+        ----------
+        t, y : Tensor
+            As in ``forward``.
+
+        Returns
+        -------
+        slope, score : Tensor of shape (n, dim)
+            Both.
+        """
         t, u, c = self._components(t, y)
         shares = self._shares(u, c)
         _, velocities = self._velocities(t, u, c)

@@ -195,7 +195,18 @@ class MLPField(nn.Module):
         return tangents[:, : self.dim].transpose(1, 2), by_time
 
     def closed_form(self, state: torch.Size) -> MLPClosedForm | None:
-        """Return the field for a solve, or None where only autograd is right."""
+        """Return the field for a solve.
+
+        Parameters
+        ----------
+        state : torch.Size
+            Shape of a state.
+
+        Returns
+        -------
+        MLPClosedForm or None
+            The field; None where only autograd is right.
+        """
         changed = type(self).forward is not MLPField.forward
         plain = all(type(layer).forward is nn.Linear.forward for layer in self.layers)
         if changed or has_hooks(self) or not plain or tuple(state) != (self.dim,):

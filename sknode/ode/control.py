@@ -93,6 +93,11 @@ class StepController:
             Order of the error estimate plus one.
         after_rejection : ndarray of shape (lanes,) or bool, default=False
             Whether the attempt before this one was rejected.
+
+        Returns
+        -------
+        ndarray of shape (lanes,)
+            The factors.
         """
         p, i, d = self.pcoeff, self.icoeff, self.dcoeff
         # an error of zero means the largest factor; this only avoids 1 / 0

@@ -62,7 +62,7 @@ class Occurrences:
         The samples; none, one or several entries for each.
     t : Tensor of shape (m,)
         The times, differentiable.
-    y : Tensor of shape (m, *state)
+    y : Tensor of shape (m, \\*state)
         The states at these times, differentiable.
     """
 
@@ -79,7 +79,7 @@ class Solution:
     ----------
     t : Tensor of shape (n_times,) or (batch, n_times)
         The output times as given.
-    y : Tensor of shape (batch, n_times, *state)
+    y : Tensor of shape (batch, n_times, \\*state)
         The states at the output times. Where a sample failed, the times that it did not
         reach hold its last good state.
     status : Tensor of shape (batch,), dtype int64
@@ -116,7 +116,13 @@ class Solution:
         return [Status(code).message for code in self.status.tolist()]
 
     def failure_report(self) -> str:
-        """Say how many samples failed, which, why and where; empty if none did."""
+        """Say how many samples failed, which, why and where.
+
+        Returns
+        -------
+        str
+            A sentence for each way to fail; empty if none did.
+        """
         lines = []
         codes = self.status.cpu()
         for status in Status:
@@ -145,7 +151,7 @@ class Solution:
 
         Returns
         -------
-        y : Tensor of shape (batch, n, *state)
+        y : Tensor of shape (batch, n, \\*state)
             States at these times, differentiable as the solution itself.
         """
         t = torch.as_tensor(t, dtype=self.t.dtype, device=self.t.device)

@@ -85,7 +85,20 @@ class Tableau:
         return self.error is not None
 
     def tensors(self, dtype: torch.dtype, device: torch.device) -> TableauTensors:
-        """Return the coefficients on a device, made once per dtype and device."""
+        """Return the coefficients on a device, made once per dtype and device.
+
+        Parameters
+        ----------
+        dtype : torch.dtype
+            Their dtype.
+        device : torch.device
+            The device.
+
+        Returns
+        -------
+        TableauTensors
+            The coefficients.
+        """
         key = (dtype, device)
         if key not in self._cache:
             self._cache[key] = TableauTensors.from_tableau(self, dtype, device)

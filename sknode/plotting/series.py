@@ -223,10 +223,12 @@ class SeriesDisplay:
         ----------
         ax : matplotlib axes or array of them, optional
             Where to draw: as many as there are channels. By default a new figure.
-        line_kwargs, observed_kwargs, held_out_kwargs : dict, optional
-            Passed on to ``ax.plot`` for the mean and the two kinds of dots.
+        line_kwargs : dict, optional
+            Passed on to ``ax.plot`` for the mean.
         band_kwargs : dict, optional
             Passed on to ``ax.fill_between``.
+        observed_kwargs, held_out_kwargs : dict, optional
+            Passed on to ``ax.plot`` for the two kinds of dots.
 
         Returns
         -------

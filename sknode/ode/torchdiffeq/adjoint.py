@@ -68,7 +68,7 @@ def odeint_adjoint(
 
     Parameters
     ----------
-    func, y0, t, rtol, atol, method, options, event_fn
+    func, y0, t, rtol, atol, method, options, event_fn : various
         As for `odeint`. A function that is no module needs ``adjoint_params``.
     adjoint_rtol, adjoint_atol : float or tuple, optional
         Tolerances of the solve back in time; by default those of the other one. A tuple

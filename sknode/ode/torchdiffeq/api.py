@@ -129,10 +129,12 @@ def odeint_event(
 
     Parameters
     ----------
-    func, y0, event_fn
+    func, y0 : callable, Tensor or tuple of Tensor
         As for `odeint`.
     t0 : Tensor of shape ()
         Initial time.
+    event_fn : callable
+        As for `odeint`.
     reverse_time : bool, default=False
         Whether to go back in time.
     odeint_interface : callable, default=odeint

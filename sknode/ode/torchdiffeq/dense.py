@@ -31,10 +31,12 @@ def odeint_dense(
 
     Parameters
     ----------
-    func, y0, rtol, atol, method, options
-        As for `odeint`; ``method`` is one of the adaptive Runge-Kutta methods.
+    func, y0 : callable, Tensor or tuple of Tensor
+        As for `odeint`.
     t0, t1 : Tensor of shape () or float
         The interval.
+    rtol, atol, method, options : various
+        As for `odeint`; ``method`` is one of the adaptive Runge-Kutta methods.
 
     Returns
     -------
