@@ -69,7 +69,7 @@ class CNFDensity(
     DensityMixin,
     BaseODEEstimator,
 ):
-    r"""Density estimation by a continuous normalizing flow.
+    """Density estimation by a continuous normalizing flow.
 
     A flow ``dy/dt = f(t, y)`` carries a standard normal distribution at ``t = 0`` to
     that of the data at ``t = 1`` [1]_. It starts from the exact flow to a Gaussian

@@ -21,7 +21,7 @@ __all__ = ["ODENetClassifier", "ODENetRegressor"]
 
 
 class ODENetClassifier(ClassifierMixin, BaseODENet):
-    r"""Classifier whose hidden layers are the flow of a learned ODE.
+    """Classifier whose hidden layers are the flow of a learned ODE.
 
     The standardised features are mapped linearly into a state ``z(0)``, which follows
     ``dz/dt = f(t, z)`` to ``t = 1``, with a multilayer perceptron ``f``; a linear map
@@ -58,7 +58,7 @@ class ODENetClassifier(ClassifierMixin, BaseODENet):
     vector_field : callable, optional
         Makes another vector field than the built-in one: called with the shape of a
         state, a tuple, it returns a `torch.nn.Module` whose ``forward(t, y)`` maps
-        times (n, 1, ...) and states (n, \*shape) to slopes in the shape of the states,
+        times (n, 1, ...) and states (n, \\*shape) to slopes in the shape of the states,
         row by row. A class will do. It is called again when an estimator is unpickled,
         so it has to be importable; ``hidden_layer_sizes`` and ``activation`` do not
         reach it.
@@ -485,7 +485,7 @@ class ODENetClassifier(ClassifierMixin, BaseODENet):
 
 
 class ODENetRegressor(RegressorMixin, BaseODENet):
-    r"""Regressor whose hidden layers are the flow of a learned ODE.
+    """Regressor whose hidden layers are the flow of a learned ODE.
 
     The standardised features are mapped linearly into a state ``z(0)``, which follows
     ``dz/dt = f(t, z)`` to ``t = 1``, with a multilayer perceptron ``f``; a linear map
@@ -523,7 +523,7 @@ class ODENetRegressor(RegressorMixin, BaseODENet):
     vector_field : callable, optional
         Makes another vector field than the built-in one: called with the shape of a
         state, a tuple, it returns a `torch.nn.Module` whose ``forward(t, y)`` maps
-        times (n, 1, ...) and states (n, \*shape) to slopes in the shape of the states,
+        times (n, 1, ...) and states (n, \\*shape) to slopes in the shape of the states,
         row by row. A class will do. It is called again when an estimator is unpickled,
         so it has to be importable; ``hidden_layer_sizes`` and ``activation`` do not
         reach it.

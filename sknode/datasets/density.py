@@ -21,7 +21,7 @@ PANEL_NODES, PANEL_LENGTH = 20, 2.0
 
 
 def make_density(name, n_samples=1000, *, noise=None, random_state=None):
-    r"""Draw from a distribution in the plane whose density is known exactly.
+    """Draw from a distribution in the plane whose density is known exactly.
 
     Parameters
     ----------
