@@ -14,10 +14,10 @@ __all__ = ["PlanarField"]
 
 
 class PlanarField(nn.Module):
-    r"""Vector field ``sum_n gate_n(t) u_n tanh(w_n . y + b_n)``.
+    r"""Vector field that is a gated sum of planar units.
 
-    The planar continuous normalizing flow of [1]_, section 4, with its gates of time in
-    (0, 1).
+    ``sum_n gate_n(t) u_n tanh(w_n . y + b_n)``: the planar continuous normalizing flow
+    of [1]_, section 4, with its gates of time in (0, 1).
 
     Parameters
     ----------
