@@ -31,6 +31,11 @@ __all__ = [
     "warn_of_failures",
 ]
 
+# Page of an estimator in the reference, which its HTML representation links to.
+DOC_PAGE = (
+    "https://sknode.readthedocs.io/en/stable/generated/sknode.{estimator_name}.html"
+)
+
 SHARED_CONSTRAINTS = {
     "hidden_layer_sizes": ["array-like", Interval(Integral, 1, None, closed="left")],
     "activation": [StrOptions(set(ACTIVATIONS))],
@@ -66,6 +71,7 @@ class BaseODEEstimator(CallbackSupportMixin, BaseEstimator):
 
     _parameter_constraints = SHARED_CONSTRAINTS
     _doc_link_module = "sknode"
+    _doc_link_template = DOC_PAGE
 
     def _validate(self, X, y="no_validation", reset=False, **kwargs):
         """Check X (and y) as all estimators do."""

@@ -153,7 +153,7 @@ class FlowTrainer:
         rows = torch.zeros(TARGET_ROWS, flow.dim, device=flow.mixture.axes.device)
         weight = torch.ones_like(rows[:, 0])
         data = tuple((x, x[:, :0], weight, None) for x in (rows, rows[:0]))
-        self._run(flow, data, loss, LIKELIHOOD_DECAY)
+        self._run(flow, data, loss, LIKELIHOOD_DECAY, "flow")
 
     def _fit_finish(self, flow, data):
         """Train what is next to the data by its likelihood."""
@@ -163,7 +163,7 @@ class FlowTrainer:
             losses = finish_loss(given, rows, FINISH_STEPS, self.generator)
             return losses, torch.full_like(losses, 6 * FINISH_STEPS)
 
-        return self._run(flow, data, loss, LIKELIHOOD_DECAY)
+        return self._run(flow, data, loss, LIKELIHOOD_DECAY, "refine")
 
     def _fit_residual(self, flow, data):
         """Train what is added to the velocity of the mixture, by the objective."""
@@ -180,8 +180,8 @@ class FlowTrainer:
             return losses, solution.stats["n_f_evals"]
 
         if self.objective == "likelihood":
-            return self._run(flow, data, likelihood, LIKELIHOOD_DECAY)
-        return self._run(flow, data, matching, MATCHING_DECAY)
+            return self._run(flow, data, likelihood, LIKELIHOOD_DECAY, "flow")
+        return self._run(flow, data, matching, MATCHING_DECAY, "flow")
 
     def _signs(self, *shape):
         return 2.0 * torch.randint(2, shape, generator=self.generator) - 1.0
@@ -213,8 +213,8 @@ class FlowTrainer:
             penalty = penalty + strength * integral
         return solution, penalty
 
-    def _run(self, flow, data, loss, decay):
-        """Train the flow, which gets the best average of its weights.
+    def _run(self, flow, data, loss, decay, part):
+        """Train a part of the flow, which gets the best average of its weights.
 
         Returns whether that is better than it was, as far as held-out rows can tell.
         """
@@ -227,6 +227,7 @@ class FlowTrainer:
             decays=True,
             fall_share=FALL_SHARE,
             epoch_rows=EPOCH_ROWS,
+            part=part,
         )
         average, validate, current = Average(flow, decay), None, History()
         if len(held_out[0]):

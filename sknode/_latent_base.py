@@ -218,7 +218,7 @@ class BaseLatentODE(BaseODEEstimator):
                 estimator=self,
                 X=X,
                 y=y,
-                metadata={"loss": history.loss[-1], "nfe": history.nfe[-1]},
+                metadata=history.latest(),
                 reconstruction_attributes={},
             )
 

@@ -427,7 +427,7 @@ class BaseODENet(BaseODEEstimator):
                 estimator=self,
                 X=X,
                 y=y,
-                metadata={"loss": history.loss[-1], "nfe": history.nfe[-1]},
+                metadata=history.latest(),
                 reconstruction_attributes=lambda: {
                     "module_": copy.deepcopy(self.module_).eval(),
                     "n_iter_": epoch + 1,

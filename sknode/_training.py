@@ -29,6 +29,8 @@ __all__ = [
 
 # Updates that the median norm of gradients is taken of.
 RECENT = 1000
+# Epochs that the time of further ones is estimated by: the cost of solves changes.
+RECENT_EPOCHS = 10
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Recipe:
     warns: bool = True  # whether a warning says that training had not converged
     verbose: bool = False
     name: str = "estimator"
+    part: str = ""  # what is trained, where that is a part of the estimator
 
 
 @dataclass
@@ -69,12 +72,21 @@ class History:
     loss: list[float] = field(default_factory=list)
     nfe: list[float] = field(default_factory=list)
     validation: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
     start: float = -math.inf  # score before training, if known
     last_progress: float = -math.inf  # score, or loss with a minus, of that epoch
     stale: int = 0  # epochs without progress
     fall: int = 0  # epochs at the end in which the learning rate falls, once known
     fallen: int = 0  # how many of them have begun
     converged: bool = False  # whether progress had ended by itself
+
+    def latest(self) -> dict:
+        """Return what is known of the last epoch, for callbacks."""
+        return {
+            "loss": self.loss[-1],
+            "nfe": self.nfe[-1],
+            "validation_score": self.validation[-1] if self.validation else None,
+        }
 
 
 class Average:
@@ -293,7 +305,8 @@ def train(
             history.validation.append(validate())
             if history.validation[-1] >= max(history.validation):
                 best = [p.detach().clone() for p in followed.parameters()]
-        report(recipe, history, time.perf_counter() - started)
+        history.seconds.append(time.perf_counter() - started)
+        report(recipe, history)
         if on_epoch(epoch) or has_finished(recipe, history, validate is not None):
             break
         if recipe.decays and not history.fall:
@@ -377,14 +390,37 @@ def has_finished(recipe: Recipe, history: History, validated: bool) -> bool:
     return False
 
 
-def report(recipe: Recipe, history: History, seconds: float) -> None:
-    """Print a line."""
+def report(recipe: Recipe, history: History) -> None:
+    """Print a line about the last epoch."""
     if not recipe.verbose:
         return
-    line = (
-        f"epoch {len(history.loss):4d}  loss {history.loss[-1]:.6f}  "
-        f"evaluations {history.nfe[-1]:.1f}"
-    )
+    epoch, last = len(history.loss), str(recipe.max_iter)
+    part = f"{recipe.part}: " if recipe.part else ""
+    parts = [
+        f"{part}epoch {epoch:{len(last)}d}/{last}",
+        f"loss {history.loss[-1]:.6f}",
+        f"evaluations {history.nfe[-1]:.1f}",
+    ]
     if history.validation:
-        line += f"  validation score {history.validation[-1]:.4f}"
-    print(f"{line}  {seconds:.2f} s", flush=True)
+        parts.append(f"validation score {history.validation[-1]:.4f}")
+    parts.append(f"{history.seconds[-1]:.2f} s")
+    # training ends before max_iter where there is no more progress
+    left, bound = recipe.max_iter - epoch, "at most "
+    if history.fall:
+        left, bound = history.fall - history.fallen, ""
+    if left > 0:
+        seconds = left * float(np.mean(history.seconds[-RECENT_EPOCHS:]))
+        parts.append(f"{bound}{format_duration(seconds)} left")
+    print("  ".join(parts), flush=True)
+
+
+def format_duration(seconds: float) -> str:
+    """Return a time as people say it: 3.2 s, 12 s, 2 min 05 s, 1 h 20 min."""
+    if round(seconds, 1) < 10:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{seconds} s"
+    if minutes < 60:
+        return f"{minutes} min {seconds:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"

@@ -187,7 +187,9 @@ class CNFDensity(
         Precision of the solves. "auto" is float64 on the CPU and float32 on an
         accelerator. Training is always in single precision; results have that of X.
     verbose : bool, default=False
-        Whether to print a line an epoch.
+        Whether to print a line an epoch: loss, evaluations, validation score, and the
+        time that is left if training goes on to ``max_iter``. What is trained first,
+        by ``refine``, and the flow have lines and times of their own.
     random_state : int, RandomState instance or None, default=None
         Draws initial weights, mixtures, batches and held-out rows.
 
@@ -429,7 +431,8 @@ class CNFDensity(
             choices = self.marginals, self.n_components, self.validation_fraction
             start = choose_start(U, given, weight, rows[0], *choices, seed)
         history = History()
-        context = self._init_callback_context(max_subtasks=2 * self.max_iter)
+        n_epochs = (1 + self.refine) * self.max_iter
+        context = self._init_callback_context(max_subtasks=n_epochs)
         context.call_on_fit_task_begin(estimator=self, X=X, y=None)
         finish = residual = None
         if judged or not self.early_stopping:
@@ -593,7 +596,7 @@ class CNFDensity(
                 estimator=self,
                 X=X,
                 y=None,
-                metadata={"loss": history.loss[-1], "nfe": history.nfe[-1]},
+                metadata=history.latest(),
                 reconstruction_attributes={},
             )
 

@@ -131,7 +131,8 @@ class ODENetClassifier(ClassifierMixin, BaseODENet):
     dtype : {"auto", "float32", "float64"}, default="auto"
         Precision. "auto" is that of X, and float32 on an accelerator and for images.
     verbose : bool, default=False
-        Whether to print a line an epoch.
+        Whether to print a line an epoch: loss, evaluations, validation score, and the
+        time that is left if training goes on to ``max_iter``.
     random_state : int, RandomState instance or None, default=None
         Draws initial weights, batches and held out data.
 
@@ -588,7 +589,8 @@ class ODENetRegressor(RegressorMixin, BaseODENet):
     dtype : {"auto", "float32", "float64"}, default="auto"
         Precision. "auto" is that of X, and float32 on an accelerator and for images.
     verbose : bool, default=False
-        Whether to print a line an epoch.
+        Whether to print a line an epoch: loss, evaluations, validation score, and the
+        time that is left if training goes on to ``max_iter``.
     random_state : int, RandomState instance or None, default=None
         Draws initial weights, batches and held out data.
 

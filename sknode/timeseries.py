@@ -118,7 +118,8 @@ class LatentODERegressor(RegressorMixin, BaseLatentODE):
     dtype : {"auto", "float32", "float64"}, default="auto"
         Precision of the latent ODE in predictions; "auto" is float64 on the CPU.
     verbose : bool, default=False
-        Whether to print a line an epoch.
+        Whether to print a line an epoch: loss, evaluations, validation score, and the
+        time that is left if training goes on to ``max_iter``.
     random_state : int, RandomState instance or None, default=None
         Draws hidden values, initial weights, batches and latent states.
 
@@ -766,7 +767,8 @@ class LatentODEImputer(OneToOneFeatureMixin, TransformerMixin, BaseLatentODE):
     dtype : {"auto", "float32", "float64"}, default="auto"
         Precision of the latent ODE in predictions; "auto" is float64 on the CPU.
     verbose : bool, default=False
-        Whether to print a line an epoch.
+        Whether to print a line an epoch: loss, evaluations, validation score, and the
+        time that is left if training goes on to ``max_iter``.
     random_state : int, RandomState instance or None, default=None
         Draws hidden values, initial weights, batches and latent states.
 
