@@ -7,7 +7,7 @@ from torch import nn
 
 from sknode.ode import kernels
 
-__all__ = ["carry", "follow", "log_density"]
+__all__ = ["carry", "count_evaluations", "follow", "log_density", "slopes"]
 
 # From the data back to where densities are known.
 FINISH_TIMES = torch.tensor([2.0, 1.0], dtype=torch.float64)
@@ -78,3 +78,22 @@ def log_density(module, z, settings):
         solutions.append(settings.solve(module, state, TIMES))
         change = change + solutions[-1].y[:, -1, -1]
     return mixture - change, solutions
+
+
+def count_evaluations(module, z, settings):
+    """Return how often log-densities evaluate the fields (n,), and the solutions."""
+    _, solutions = log_density(module, z, settings)
+    count = torch.zeros(len(z), dtype=torch.int64, device=z.device)
+    for solution in solutions:
+        count += solution.stats["n_f_evals"]
+    return count, solutions
+
+
+def slopes(module, z, settings, share):
+    """Return the velocities (n, dim) after a share of the way to the data, which takes
+    a time of 1, and no solutions.
+    """
+    legs = legs_of(module)
+    last = legs[-1][2]
+    field = next(field for field, _, end in legs if share * last <= end)
+    return last * field(z.new_tensor(share * last), z), []

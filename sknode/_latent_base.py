@@ -302,6 +302,16 @@ class BaseLatentODE(BaseODEEstimator):
         states[order] = np.concatenate(found)
         return states
 
+    def _velocity(self, states):
+        """Return how fast latent states (n, latent_dim) change: in the unit of time of
+        the vector field, and the same at all times.
+        """
+        module = self._module_for_prediction()
+        like = module.log_noise
+        y = torch.from_numpy(states).to(like.device, like.dtype)
+        with torch.no_grad():
+            return module.field(y.new_zeros(()), y).cpu().numpy()
+
     def _sample_rows(self, context, codes, rows, n_samples, rng):
         """Return draws (n_samples, n_rows, n_channels), in the units of y."""
         n_series = context.n_series

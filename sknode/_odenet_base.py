@@ -471,6 +471,14 @@ class BaseODENet(BaseODEEstimator):
         check_is_fitted(self)
         return self._solve(self._validate(X), lambda module, s: s.y, t=t).numpy()
 
+    def _velocity(self, t, states):
+        """Return the vector field (n, n_states) at times (n,) and states of rows."""
+        module = self._module_for_prediction()
+        like = next(module.parameters())
+        t, y = (torch.from_numpy(x).to(like) for x in (t, states))
+        with torch.no_grad():
+            return module.field(t[:, None], y).cpu().numpy()
+
     def count_evaluations(self, X):
         """Count the evaluations of the vector field that the solver needs.
 

@@ -34,7 +34,13 @@ from sknode._density_flow import DYNAMICS, DensityFlow
 from sknode._density_posterior import ClassPosteriorMixin
 from sknode._density_prepare import Maps, prepare_rows
 from sknode._density_rows import hold_out
-from sknode._density_solve import carry, follow, log_density
+from sknode._density_solve import (
+    carry,
+    count_evaluations,
+    follow,
+    log_density,
+    slopes,
+)
 from sknode._density_start import Start, choose_start, is_better
 from sknode._density_training import FlowTrainer, check_target_density
 from sknode._mixture import GaussianMixtureModel
@@ -58,6 +64,8 @@ SINGLE_TOLERANCE = 1e-5
 # rows, at this tolerance, tell; but no more than so many times. Log-densities and where
 # rows are carried are told apart: that of a mixture needs no solve, but its flow does.
 JUDGED_ROWS, JUDGED_TOLERANCE, LARGEST_AMPLIFICATION = 200, 1e-5, 1e3
+# What derivatives of the maps of columns are differences over, in whitened units.
+DIFFERENCE = 1e-4
 # Solves inside of training need not be more accurate than this.
 TRAINING_TOLERANCE = 1e-3
 
@@ -745,6 +753,35 @@ class CNFDensity(
             error[inside] = np.abs(logs - exact)
         return error
 
+    def count_evaluations(self, X, y=None):
+        """Count the evaluations of the vector field that log-densities need.
+
+        Depends on ``solver``, ``rtol`` and ``atol`` as they are now: with a looser
+        tolerance a log-density costs less. Without networks it is a closed form.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+            Data.
+        y : array-like of shape (n_samples,) or (n_samples, n_values), optional
+            If ``conditional``, what the densities are given. Ignored otherwise.
+
+        Returns
+        -------
+        ndarray of shape (n_samples,)
+            Number of function evaluations (NFE) of every sample: zero on and beyond
+            ``bounds``, and without networks.
+        """
+        check_is_fitted(self)
+        X = self._validate(X)
+        C = self._maps.condition.encode(y, len(X))
+        count, inside = np.zeros(len(X), np.int64), self._maps.bounds.is_inside(X)
+        if inside.any():
+            Z, _ = self._whiten(X[inside])
+            arguments = Z, C[inside], count_evaluations, "density"
+            count[inside] = self._by_blocks(*arguments)
+        return count
+
     def _log_density(self, X, C):
         """Return the log-density of checked rows, given encoded targets."""
         logs = np.full(len(X), -np.inf, dtype=X.dtype)
@@ -935,6 +972,25 @@ class CNFDensity(
         rows = self._start.inverse(paths.reshape(-1, Z.shape[1]).astype(np.float64))
         rows = self._maps.bounds.inverse(rows)
         return rows.reshape(paths.shape).astype(X.dtype, copy=False)
+
+    def _velocity(self, t, X, C):
+        """Return how fast rows move (n, n_features) at a time of `trajectory`.
+
+        They are in the units of X, given encoded targets; NaN on and beyond ``bounds``.
+        """
+        velocity, inside = np.full(X.shape, np.nan), self._maps.bounds.is_inside(X)
+        if not inside.any():
+            return velocity
+        Z, _ = self._whiten(X[inside])
+        slope = self._by_blocks(Z, C[inside], partial(slopes, share=t))
+        # a derivative of the maps to the units of X, in the direction of the slope
+        width = DIFFERENCE / np.maximum(np.abs(slope).max(1, keepdims=True), DIFFERENCE)
+        ahead, behind = (
+            self._maps.bounds.inverse(self._start.inverse(Z + sign * width * slope))
+            for sign in (1, -1)
+        )
+        velocity[inside] = (ahead - behind) / (2 * width)
+        return velocity
 
     def _measure_amplification(self, Z, C):
         """Return how much larger errors are than the tolerance: those of log-densities,

@@ -482,6 +482,7 @@ def test_unsuitable_rows_are_rejected(X, weight, message):
         lambda d: d.transform([[0.0]]),
         lambda d: d.inverse_transform([[0.0]]),
         lambda d: d.sample(),
+        lambda d: d.count_evaluations([[0.0]]),
     ],
 )
 def test_methods_want_a_fitted_estimator(call):
@@ -518,6 +519,23 @@ def test_numerical_error_of_constant_steps_and_of_single_precision(fitted, moons
         dtype="float32", max_iter=2, tol=1.0, n_iter_no_change=1, random_state=0
     ).fit(moons)
     assert 0 < single.estimate_error(moons).max() < 1e-2
+
+
+def test_evaluations_are_counted_by_row_and_fall_with_the_tolerance(fitted, moons):
+    loose, tight = (
+        clone_fitted(fitted, rtol=tol, atol=tol).count_evaluations(moons)
+        for tol in (1e-3, 1e-8)
+    )
+    assert loose.shape == (len(moons),) and np.issubdtype(loose.dtype, np.integer)
+    assert (0 < loose).all() and (loose < tight).all()
+    again = fitted.count_evaluations(moons[3:5])
+    np.testing.assert_array_equal(fitted.count_evaluations(moons)[3:5], again)
+    # four stages of four steps and a first slope, in each of the two legs
+    density = clone_fitted(fitted, solver="rk4", step_size=0.25)
+    assert set(density.count_evaluations(moons)) == {2 * 17}
+    # a closed form, and rows that have no density
+    mixture = CNFDensity(n_components=1, bounds={0: (0, None)}).fit(np.abs(moons[:100]))
+    assert set(mixture.count_evaluations(moons)) == {0}
 
 
 def clone_fitted(density, **parameters):

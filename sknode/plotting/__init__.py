@@ -5,5 +5,6 @@ They need matplotlib: ``pip install sknode[plot]``.
 
 from sknode.plotting.density import DensityDisplay
 from sknode.plotting.series import SeriesDisplay
+from sknode.plotting.trajectory import TrajectoryDisplay
 
-__all__ = ["DensityDisplay", "SeriesDisplay"]
+__all__ = ["DensityDisplay", "SeriesDisplay", "TrajectoryDisplay"]

@@ -18,13 +18,13 @@ from sknode._series.table import as_list, as_table
 from sknode._series.times import as_times
 from sknode._series.wide import WideLayout
 from sknode.plotting._matplotlib import import_pyplot
+from sknode.plotting._times import drawable_times
 
 __all__ = ["SeriesDisplay"]
 
 PANEL_HEIGHT, PANEL_WIDTH = 2.2, 7.0  # inches
 N_TIMES = 200
 PARTS = "mean", "lower", "upper", "observed", "held_out"
-DURATIONS = {"days": 86400.0, "hours": 3600.0, "minutes": 60.0, "seconds": 1.0}
 
 
 class SeriesDisplay:
@@ -246,7 +246,7 @@ class SeriesDisplay:
         if len(self.axes_) != n_channels:
             raise ValueError(f"ax must be {n_channels} axes. Got {len(self.axes_)}.")
         self.ax_, self.figure_ = self.axes_[-1], self.axes_[-1].figure
-        time, label = _drawable(self.time)
+        time, label = drawable_times(self.time)
         line = {"color": "C0", "label": "mean"} | (line_kwargs or {})
         name = "band" if self.coverage is None else f"{100 * self.coverage:g} % band"
         band = {"color": line["color"], "alpha": 0.25, "linewidth": 0, "label": name}
@@ -490,18 +490,3 @@ def _choose(channels, names, n_channels):
         else:
             raise ValueError(f"There is no channel {key!r}, but there are {labels}.")
     return chosen
-
-
-def _drawable(time):
-    """Return times that matplotlib draws, and a label for their axis."""
-    if isinstance(time, pd.PeriodIndex):
-        time = time.to_timestamp()
-    if isinstance(time, pd.TimedeltaIndex):
-        seconds = (time / pd.Timedelta(1, "s")).to_numpy()
-        span = np.ptp(seconds)
-        unit = next((unit for unit, n in DURATIONS.items() if span >= 2 * n), "seconds")
-        return seconds / DURATIONS[unit], f"time, {unit}"
-    if isinstance(time, pd.DatetimeIndex) and time.tz is not None:
-        # the axis takes the zone of the first one
-        return time.to_pydatetime(), "time"
-    return np.asarray(time), "time"
