@@ -59,9 +59,9 @@ false = np.mean(scores[is_usual == 1] < threshold)
 print(f"found {found:.0%} of the anomalies, {false:.1%} false alarms")
 
 # %%
-# No detector finds them all: some of the anomalies lie on the spirals. The best possible
-# one knows the exact density of the usual rows, which `sknode.datasets.log_density`
-# returns.
+# No detector finds them all: some of the anomalies lie on the spirals. The best
+# possible one knows the exact density of the usual rows, which
+# `sknode.datasets.log_density` returns.
 
 figure, ax = plt.subplots(figsize=(5.5, 5), layout="constrained")
 detectors = {

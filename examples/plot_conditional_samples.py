@@ -14,8 +14,8 @@ where a regression would answer with one number.
 # A robot arm has two links, of 1.0 and 0.6 m, that turn in a plane. The angles of its
 # joints say how high its hand is; we ask the other way round. Given the height, as
 # measured with an error of 5 cm, which angles may the joints have? There are infinitely
-# many answers, and more of them for a hand at half height than for one that is stretched
-# upwards.
+# many answers, and more of them for a hand at half height than for one that is
+# stretched upwards.
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -75,8 +75,8 @@ axes[0, 0].legend(loc="upper right", fontsize="small", markerscale=3)
 # Given a class
 # -------------
 #
-# y may be classes, too. Then there is a density for every class, and Bayes' rule makes a
-# classifier of them. The lengths of iris flowers are rounded to millimetres, which
+# y may be classes, too. Then there is a density for every class, and Bayes' rule makes
+# a classifier of them. The lengths of iris flowers are rounded to millimetres, which
 # ``dequantize`` takes into account.
 
 X, y = load_iris(return_X_y=True, as_frame=True)

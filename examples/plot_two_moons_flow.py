@@ -2,9 +2,9 @@
 The flow from noise to two moons
 ================================
 
-A continuous normalizing flow carries a normal distribution, at ``t = 0``, to that of the
-data, at ``t = 1``. `CNFDensity` learns the vector field that does so. Here is what it
-looks like on the way.
+A continuous normalizing flow carries a normal distribution, at ``t = 0``, to that of
+the data, at ``t = 1``. `CNFDensity` learns the vector field that does so. Here is what
+it looks like on the way.
 """
 
 # %%
@@ -13,9 +13,9 @@ looks like on the way.
 #
 # By default `CNFDensity` starts from a Gaussian mixture that it fits first, and adds
 # networks only where held-out rows become more likely by them. That is hard to improve
-# on here, but it is no picture of a flow. So we switch off what is done beforehand: with
-# ``n_components=1`` and without ``marginals`` and ``refine`` a single network starts from
-# a single Gaussian and has all to do.
+# on here, but it is no picture of a flow. So we switch off what is done beforehand:
+# with ``n_components=1`` and without ``marginals`` and ``refine`` a single network
+# starts from a single Gaussian and has all to do.
 
 import matplotlib.pyplot as plt
 import numpy as np
