@@ -5,6 +5,7 @@ They need matplotlib: ``pip install sknode[plot]``.
 
 from sknode.plotting.density import DensityDisplay
 from sknode.plotting.series import SeriesDisplay
+from sknode.plotting.tolerance import ToleranceDisplay
 from sknode.plotting.trajectory import TrajectoryDisplay
 
-__all__ = ["DensityDisplay", "SeriesDisplay", "TrajectoryDisplay"]
+__all__ = ["DensityDisplay", "SeriesDisplay", "ToleranceDisplay", "TrajectoryDisplay"]
