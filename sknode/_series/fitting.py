@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -23,6 +24,7 @@ from sknode._series.model import (
     Regime,
     SeriesModel,
     SwitchedModel,
+    mixture,
     places,
 )
 from sknode._series.panel import Panel
@@ -44,7 +46,7 @@ MOST_SERIES = 300
 # mean.
 CONFIDENCE = {BEFORE: 0.0, BETWEEN: 2.0, AFTER: 0.0}
 # Ahead of the observations a network may do better if it is told only those within so
-# much time, the span of a typical series being 1.
+# much time, the span of a typical series being 1, or on average over these and all.
 RECENT = 0.5, 0.35, 0.25, 0.125
 
 
@@ -228,7 +230,10 @@ def _options(candidates):
     """
     plain = [(Regime(model, mean is not None), mean) for model, mean in candidates]
     model, mean = candidates[-1]
-    recent = [(Regime(model, True, r), mean) for r in RECENT if mean is not None]
+    recent = []
+    if mean is not None:
+        spans = [(span,) for span in RECENT] + [(math.inf, *RECENT)]
+        recent = [(Regime(model, True, span), mean) for span in spans]
     return {BEFORE: plain[:1], BETWEEN: plain, AFTER: plain + recent}
 
 
@@ -239,10 +244,20 @@ def _choose(options, kept, query, truth, cells, confidence):
     The first option is replaced only by the best of the others, and only by one that is
     better beyond chance.
     """
-    tried = []
+    tried, known = [], {}
+
+    def predict(regime, mean):
+        found = []
+        for part in regime.parts():
+            key = id(part.model), part.network, part.recent
+            if key not in known:
+                known[key] = part.predict(mean, kept, query)
+            found.append(known[key])
+        return mixture(found)
+
     for regime, mean in options:
         try:
-            centre, std = regime.predict(mean, kept, query)
+            centre, std = predict(regime, mean)
         except SolverError:
             # of no use, whatever it is elsewhere
             if not tried:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,6 +22,7 @@ __all__ = [
     "Regime",
     "SeriesModel",
     "SwitchedModel",
+    "mixture",
     "places",
 ]
 
@@ -168,33 +170,46 @@ class Regime:
         The model.
     network : bool
         Whether it uses the network.
-    recent : float or None
+    recent : tuple of float
         Of how much of the time up to the last observation the model is told: a latent
         state far from the end has to flow a long way to it, and what goes wrong on the
-        way is not made good.
+        way is not made good. With several of them the prediction is their mixture: what
+        goes wrong differs, and is smaller on average.
     """
 
     model: SeriesModel
     network: bool = False
-    recent: float | None = None
+    recent: tuple[float, ...] = (math.inf,)
+
+    def parts(self) -> list[Regime]:
+        """Return what this is a mixture of."""
+        return [replace(self, recent=(span,)) for span in self.recent]
 
     def predict(self, mean, context: Panel, query: Panel):
         """Return predictive means and standard deviations, as `SeriesModel.predict`."""
         mean = mean if self.network else None
-        return self.model.predict(mean, self._told(context), query)
+        return mixture(
+            [self.model.predict(mean, told, query) for told in self._told(context)]
+        )
 
     def sample(self, mean, context: Panel, query: Panel, n_draws, rng):
         """Return paths, as `SeriesModel.sample`."""
         mean = mean if self.network else None
-        return self.model.sample(mean, self._told(context), query, n_draws, rng)
+        turn = np.arange(n_draws) % len(self.recent)
+        paths = np.empty((n_draws, *query.values.shape))
+        for k, told in enumerate(self._told(context)):
+            n = np.count_nonzero(turn == k)
+            if n:
+                paths[turn == k] = self.model.sample(mean, told, query, n, rng)
+        return paths
 
     def _told(self, context):
-        """Return what of a context the model is told."""
-        if self.recent is None:
-            return context
+        """Yield what of a context the model is told."""
         _, last = ends_of_observations(context)
-        late = context.time >= last[context.series_of_rows()] - self.recent
-        return context.select(late)
+        end = last[context.series_of_rows()]
+        for span in self.recent:
+            late = context.time >= end - span
+            yield context if math.isinf(span) else context.select(late)
 
 
 @dataclass(frozen=True)
@@ -258,6 +273,16 @@ class SwitchedModel:
             rows = place == here
             if rows.any():
                 yield regime, rows
+
+
+def mixture(moments):
+    """Return the mean and standard deviation of a mixture in equal parts, given lists
+    of those of the parts.
+    """
+    if len(moments) == 1:
+        return moments[0]
+    centre, std = map(np.stack, zip(*moments, strict=True))
+    return centre.mean(0), np.sqrt((std**2).mean(0) + centre.var(0))
 
 
 def ends_of_observations(context: Panel) -> tuple[np.ndarray, np.ndarray]:
