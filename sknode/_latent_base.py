@@ -34,6 +34,8 @@ __all__ = ["BaseLatentODE"]
 N_UPDATES, EPOCH_SERIES = 16, 800
 # Solves inside of training need not be more accurate than this.
 TRAINING_TOLERANCE = 1e-3
+# How often training goes on after a solve that failed.
+MOST_SETBACKS = 5
 # Draws of latent states that predictions average.
 N_DRAWS = 8
 # Series that the network is asked about at a time, to bound the memory.
@@ -176,6 +178,7 @@ class BaseLatentODE(BaseODEEstimator):
             decays=True,
             gradient_bound=None,
             epoch_rows=EPOCH_SERIES,
+            most_setbacks=MOST_SETBACKS,
             warns=False,
         )
         trainer = Trainer(

@@ -59,6 +59,9 @@ class Recipe:
     fall_share: float = 0.0
     # Epochs at the start that are not judged: what is learned still changes.
     settling: int = 0
+    # How often training goes back to the best averaged weights, with half the learning
+    # rate, when a solve fails.
+    most_setbacks: int = 0
     warns: bool = True  # whether a warning says that training had not converged
     verbose: bool = False
     name: str = "estimator"
@@ -79,6 +82,7 @@ class History:
     fall: int = 0  # epochs at the end in which the learning rate falls, once known
     fallen: int = 0  # how many of them have begun
     converged: bool = False  # whether progress had ended by itself
+    setbacks: int = 0  # how often a solve failed and training went on
 
     def latest(self) -> dict:
         """Return what is known of the last epoch, for callbacks."""
@@ -275,17 +279,18 @@ def train(
         loss_sum, share_sum, nfe_sum = 0.0, 0.0, 0.0
         for rows in order.to(device).split(recipe.batch_size):
             share = weight[rows]
-            optimizer.zero_grad()
-            try:
-                losses, nfe = objective(*(x[rows] for x in data))
-                loss = share @ losses
-                (loss / share.sum()).backward()
-            except SolverError as error:
-                raise SolverError(
-                    f"{recipe.name}: the solver failed in epoch "
-                    f"{len(history.loss) + 1} of the training. {error} If the training "
-                    "diverges, lower learning_rate_init or raise alpha."
-                ) from error
+            while True:
+                optimizer.zero_grad()
+                try:
+                    losses, nfe = objective(*(x[rows] for x in data))
+                    loss = share @ losses
+                    (loss / share.sum()).backward()
+                    break
+                except SolverError as error:
+                    count_setback(recipe, history, error)
+                    restore((module, followed), best or list(followed.parameters()))
+                    for group in optimizer.param_groups:
+                        group["lr"] /= 2
             clip(parameters, recipe.gradient_bound, norms)
             optimizer.step()
             if average is not None:
@@ -312,17 +317,26 @@ def train(
         if recipe.decays and not history.fall:
             level = 1 - len(history.loss) / recipe.max_iter
         share = history.fallen / (history.fall + 1)
+        rate = recipe.learning_rate * level * (1 - share) / 2**history.setbacks
         for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * level * (1 - share)
+            group["lr"] = rate
     if epoch + 1 == recipe.max_iter and recipe.warns:
         warn_unless_converged(recipe.name, recipe.max_iter, history)
+    if history.setbacks:
+        warn_of_setbacks(recipe.name, history)
     if best is None and average is not None:
         best = list(followed.parameters())
     if best is not None:
-        with torch.no_grad():
-            for p, value in zip(module.parameters(), best, strict=True):
-                p.copy_(value)
+        restore((module,), best)
     return epoch + 1
+
+
+@torch.no_grad()
+def restore(modules, values) -> None:
+    """Give modules the values of parameters."""
+    for module in modules:
+        for p, value in zip(module.parameters(), values, strict=True):
+            p.copy_(value)
 
 
 def clip(parameters, bound, norms) -> None:
@@ -353,6 +367,28 @@ def warn_unless_converged(name: str, max_iter: int, history: History) -> None:
             ConvergenceWarning,
             stacklevel=stacklevel_of_caller(),
         )
+
+
+def count_setback(recipe: Recipe, history: History, error: SolverError) -> None:
+    """Count a solve that failed in training; raise an error if there are too many."""
+    if history.setbacks == recipe.most_setbacks:
+        raise SolverError(
+            f"{recipe.name}: the solver failed in epoch {len(history.loss) + 1} of the "
+            f"training. {error} If the training diverges, lower learning_rate_init or "
+            "raise alpha."
+        ) from error
+    history.setbacks += 1
+
+
+def warn_of_setbacks(name: str, history: History) -> None:
+    """Warn that solves failed in training, which went on nevertheless."""
+    warnings.warn(
+        f"{name}: the solver failed {history.setbacks} times in training, which went "
+        "on from earlier weights at half the learning rate each time. Lower "
+        "learning_rate_init or raise alpha.",
+        ConvergenceWarning,
+        stacklevel=stacklevel_of_caller(),
+    )
 
 
 def has_finished(recipe: Recipe, history: History, validated: bool) -> bool:

@@ -3,6 +3,7 @@
 import math
 import pickle
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +13,16 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import nn
 
 from sknode import ODENetClassifier
-from sknode._training import History, MuonAndAdam, Recipe, make_optimizer, train
+from sknode._training import (
+    Average,
+    History,
+    MuonAndAdam,
+    Recipe,
+    make_optimizer,
+    train,
+)
 from sknode.fields import ConcatSquashField
+from sknode.ode import SolverError
 
 RECIPE = Recipe(
     max_iter=10,
@@ -140,3 +149,60 @@ def test_epochs_of_some_rows_draw_them_anew():
     assert all(len(rows) == 16 for rows in epochs)
     assert len(set.union(*epochs)) > 32  # two epochs have no more
     assert history.nfe == [1.0] * 10
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_training_goes_on_from_earlier_weights_after_solves_that_failed(most):
+    network, history = make_network(), History()
+    average = Average(network, 0.9)
+    recipe = replace(
+        RECIPE,
+        max_iter=6,
+        most_setbacks=most,
+        optimizer="adam",
+        ends=False,
+        warns=False,
+    )
+    optimizer = make_optimizer(network, recipe)
+    calls, rates, scores = 0, [], iter([1.0, 3.0, 2.0, 1.0, 1.0, 1.0])
+    kept = []
+
+    def objective(x):
+        nonlocal calls
+        calls += 1
+        if calls in (9, 12):
+            raise SolverError("Too many steps.")
+        if calls == 10:  # those of the second epoch were the best ones
+            assert all(map(torch.equal, network.parameters(), kept[1]))
+            assert all(map(torch.equal, average.module.parameters(), kept[1]))
+        rates.append(optimizer.param_groups[0]["lr"])
+        return network(x).square()[:, 0], torch.ones(len(x))
+
+    def validate():
+        kept.append([p.detach().clone() for p in average.module.parameters()])
+        return next(scores)
+
+    def run():
+        train(
+            network,
+            (torch.randn(16, 3),),
+            torch.ones(16),
+            objective,
+            optimizer,
+            recipe,
+            torch.Generator().manual_seed(0),
+            history,
+            validate=validate,
+            average=average,
+        )
+
+    if most == 1:
+        with pytest.raises(SolverError, match="failed in epoch 6 of the training"):
+            run()
+    else:
+        with pytest.warns(ConvergenceWarning, match="solver failed 2 times"):
+            run()
+        assert len(history.loss) == 6 and history.setbacks == 2
+        # 8 updates before the first one, 2 until the second
+        assert rates == [0.01] * 8 + [0.005] * 2 + [0.0025] * 2
+        assert all(map(torch.equal, network.parameters(), kept[1]))

@@ -315,7 +315,10 @@ def _correct(regime, mean, kept, place, judged, rng):
         if not rows.any():
             continue
         query, cells = kept.select(rows), cells[rows]
-        centre, std = regime.predict(mean, context, query)
+        try:
+            centre, std = regime.predict(mean, context, query)
+        except SolverError:
+            continue  # what cannot be predicted has no interval to correct
         deviation = _deviation(regime, centre, std, query.values)
         parts.append(Cells.of(deviation, cells, context, query))
     inflation = Inflation.learn(step, Cells.join(parts), judged)
