@@ -16,6 +16,13 @@ from sknode.timeseries import LatentODERegressor
 
 __all__ = ["Paths", "last_step", "read_paths"]
 
+# What has states, with the names for messages.
+KINDS = {
+    BaseODENet: "an ODENetClassifier or ODENetRegressor",
+    CNFDensity: "a CNFDensity",
+    LatentODERegressor: "a LatentODERegressor",
+}
+
 
 @dataclass(frozen=True)
 class Paths:
@@ -46,7 +53,7 @@ class Paths:
     velocity: Callable | None
 
 
-def last_step(estimator, X, kinds):
+def last_step(estimator, X):
     """Return the last step of a pipeline, and rows as it gets them.
 
     Any other estimator is its own last step.
@@ -57,13 +64,16 @@ def last_step(estimator, X, kinds):
         What the user passed.
     X : array-like
         Rows.
-    kinds : dict of type to str
-        What the last step may be, with the names for the message.
+
+    Raises
+    ------
+    TypeError
+        If the last step is none of `KINDS`.
     """
     last = estimator[-1] if isinstance(estimator, Pipeline) else estimator
-    if not isinstance(last, tuple(kinds)):
+    if not isinstance(last, tuple(KINDS)):
         raise TypeError(
-            f"estimator must be {', '.join(kinds.values())}, or a pipeline that ends "
+            f"estimator must be {', '.join(KINDS.values())}, or a pipeline that ends "
             f"in one. Got {type(last).__name__} instead."
         )
     check_is_fitted(last)
@@ -79,12 +89,7 @@ def read_paths(estimator, X, y, n_times):
         CNFDensity: _read_density,
         LatentODERegressor: _read_latent,
     }
-    kinds = {
-        BaseODENet: "an ODENetClassifier or ODENetRegressor",
-        CNFDensity: "a CNFDensity",
-        LatentODERegressor: "a LatentODERegressor",
-    }
-    last, X = last_step(estimator, X, kinds)
+    last, X = last_step(estimator, X)
     read = next(read for kind, read in readers.items() if isinstance(last, kind))
     return read(last, X, y, n_times), last
 

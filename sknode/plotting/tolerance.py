@@ -11,12 +11,10 @@ import numpy as np
 import pandas as pd
 from sklearn.base import is_classifier
 
-from sknode._odenet_base import BaseODENet
 from sknode.density import CNFDensity
 from sknode.ode.methods import get_method
 from sknode.plotting._matplotlib import import_pyplot
 from sknode.plotting._states import last_step
-from sknode.timeseries import LatentODERegressor
 
 __all__ = ["ToleranceDisplay"]
 
@@ -25,11 +23,6 @@ RTOLS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 # The reference is solved with this share of the smallest tolerance, but with no less
 # than double precision carries, and may take so many times more steps.
 FINER, LEAST_RTOL, MORE_STEPS = 1e-2, 1e-15, 10
-KINDS = {
-    BaseODENet: "an ODENetClassifier or ODENetRegressor",
-    CNFDensity: "a CNFDensity",
-    LatentODERegressor: "a LatentODERegressor",
-}
 
 
 class ToleranceDisplay:
@@ -169,7 +162,7 @@ class ToleranceDisplay:
         rtols = _check_rtols(rtols)
         if not isinstance(n_repeats, Integral) or n_repeats < 1:
             raise ValueError(f"n_repeats must be an integer >= 1. Got {n_repeats!r}.")
-        last, X = last_step(estimator, X, KINDS)
+        last, X = last_step(estimator, X)
         if not get_method(last.solver).adaptive:
             raise ValueError(
                 "estimator must have a solver that adapts its steps: the accuracy of "
