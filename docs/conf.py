@@ -3,6 +3,9 @@
 import os
 import re
 
+# the gallery looks names up without running the example that switches this one on
+from sklearn.experimental import enable_halving_search_cv  # noqa: F401
+
 from sknode import __version__
 
 os.environ.setdefault("MPLBACKEND", "Agg")
