@@ -70,7 +70,8 @@ class LatentODERegressor(RegressorMixin, BaseLatentODE):
         y, NaN where unknown. Rows that have them are conditioned on, which lets
         scikit-learn's cross-validation evaluate series that ``fit`` did not see.
     calendar : str or list of str, optional
-        Features made of dates, in local time: "hour", "dayofweek", "month", "yearday".
+        Cycles of dates, in local time, whose sine and cosine are further covariates:
+        "minute", "hour", "dayofweek", "day" (of the month), "month", "yearday".
     residual : {"ou"} or None, default="ou"
         What is left by the latent ODE follows a linear process, or is independent
         noise, which is the model of [1]_.
@@ -720,7 +721,8 @@ class LatentODEImputer(OneToOneFeatureMixin, TransformerMixin, BaseLatentODE):
     covariates : list of str or int, optional
         Columns that are known at any time and not to be filled.
     calendar : str or list of str, optional
-        Features made of dates, in local time: "hour", "dayofweek", "month", "yearday".
+        Cycles of dates, in local time, whose sine and cosine are further covariates:
+        "minute", "hour", "dayofweek", "day" (of the month), "month", "yearday".
     residual : {"ou"} or None, default="ou"
         What is left by the latent ODE follows a linear process, or is independent
         noise.
