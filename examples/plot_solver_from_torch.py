@@ -158,7 +158,8 @@ figure.legend(
 # The two fields
 # --------------
 #
-# The network knows the field where there were data, and nowhere else.
+# The arrows are the directions of the slopes. The two agree where there are data. What
+# a network says elsewhere need not be right.
 
 grid = np.meshgrid(np.linspace(0.3, 8, 18), np.linspace(0.3, 6, 18))
 points = torch.from_numpy(np.stack([x.ravel() for x in grid], -1))

@@ -22,7 +22,7 @@ import numpy as np
 
 from sknode import CNFDensity
 from sknode.datasets import log_density, make_density
-from sknode.plotting import DensityDisplay
+from sknode.plotting import DensityDisplay, TrajectoryDisplay
 
 X_train, _ = make_density("moons", 3000, random_state=0)
 X_test, exact = make_density("moons", 1000, random_state=1)
@@ -47,6 +47,22 @@ display = DensityDisplay.from_estimator(
 )
 for ax in axes:
     ax.set_aspect("equal")
+
+# %%
+# Paths
+# -----
+#
+# The same flow as paths of rows, with the vector field at two times. Paths cannot cross
+# at one time; where they seem to, they do so at different times. Between the moons the
+# field is torn apart.
+
+figure, axes = plt.subplots(
+    1, 2, figsize=(10, 4), sharex=True, sharey=True, layout="constrained"
+)
+for ax, time in zip(axes, (0.5, 0.95), strict=True):
+    TrajectoryDisplay.from_estimator(density, X_test[:150], field_time=time, ax=ax)
+    ax.set_aspect("equal")
+axes[1].set_ylabel("")
 
 # %%
 # The truth beside it
