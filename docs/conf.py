@@ -65,7 +65,6 @@ sphinx_gallery_conf = {
     "within_subsection_order": "FileNameSortKey",
     "doc_module": ("sknode",),
     "backreferences_dir": "generated/backreferences",
-    "reference_url": {"sknode": None},
     "write_computation_times": False,
     "show_memory": False,
     "download_all_examples": False,
