@@ -3,6 +3,9 @@
 Setuptools' way to declare it there is still experimental and warns in every build.
 """
 
+import os
+import sys
+
 from setuptools import Extension, setup
 
 SOURCES = "sknode/ode/kernels/src"
@@ -40,4 +43,11 @@ kernels = Extension(
     optional=True,
 )
 
-setup(ext_modules=[kernels], options={"bdist_wheel": {"py_limited_api": "cp311"}})
+# MSVC has no such extensions: what is built on Windows is a wheel without compiled code,
+# which serves everywhere
+left_out = sys.platform == "win32" or os.environ.get("SKNODE_KERNELS") == "0"
+
+setup(
+    ext_modules=[] if left_out else [kernels],
+    options={} if left_out else {"bdist_wheel": {"py_limited_api": "cp311"}},
+)

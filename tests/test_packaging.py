@@ -5,6 +5,8 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -60,3 +62,31 @@ def test_builds_without_a_compiler(source):
     assert {path.name for path in DATA} <= built
     assert "solve.py" in built and not any(n.startswith("_native") for n in built)
     assert not SOURCES & built
+
+
+@pytest.mark.parametrize("kernels", [pytest.param("1", marks=pytest.mark.slow), "0"])
+def test_a_wheel_serves_all_versions_of_python(source, kernels):
+    code = "from setuptools import build_meta; build_meta.build_wheel('dist')"
+    build(source, "-c", code, SKNODE_KERNELS=kernels)
+    (wheel,) = (source / "dist").iterdir()
+    python, abi, platform = wheel.stem.split("-")[2:]
+    with zipfile.ZipFile(wheel) as archive:
+        compiled = [name for name in archive.namelist() if "_native" in name]
+    if kernels == "0":
+        # what Windows gets
+        assert (python, abi, platform) == ("py3", "none", "any")
+        assert not compiled
+    else:
+        assert (python, abi) == ("cp311", "abi3") and platform != "any"
+        assert len(compiled) == 1
+
+
+def test_wheels_are_configured_for_platforms_with_torch():
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    wheels = config["tool"]["cibuildwheel"]
+    assert wheels["build"].startswith("cp311")  # as the limited API of setup.py
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    assert '"py_limited_api": "cp311"' in setup and "march" not in setup
+    jobs = (ROOT / ".github/workflows/wheels.yml").read_text(encoding="utf-8")
+    for system in ("ubuntu", "macos", "windows"):
+        assert f"{system}-" in jobs
