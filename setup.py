@@ -43,7 +43,7 @@ kernels = Extension(
     optional=True,
 )
 
-# MSVC has no such extensions: what is built on Windows is a wheel without compiled code,
+# MSVC has no such extensions: on Windows a wheel without compiled code is built,
 # which serves everywhere
 left_out = sys.platform == "win32" or os.environ.get("SKNODE_KERNELS") == "0"
 
