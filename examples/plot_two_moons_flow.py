@@ -52,16 +52,17 @@ for ax in axes:
 # Paths
 # -----
 #
-# The same flow as paths of rows, with the vector field at two times. Paths cannot cross
-# at one time; where they seem to, they do so at different times. Between the moons the
-# field is torn apart.
+# The same flow as paths of rows, from the normal distribution to the data, which are
+# the dots. The arrows are the vector field at two times: early it points inwards, at
+# the end it pulls rows towards the moons. Paths that seem to cross do so at different
+# times.
 
 figure, axes = plt.subplots(
     1, 2, figsize=(10, 4), sharex=True, sharey=True, layout="constrained"
 )
 for ax, time in zip(axes, (0.5, 0.95), strict=True):
     TrajectoryDisplay.from_estimator(density, X_test[:150], field_time=time, ax=ax)
-    ax.set_aspect("equal")
+    ax.set(aspect="equal", xlim=(-1.8, 2.8), ylim=(-1.1, 1.5))
 axes[1].set_ylabel("")
 
 # %%
