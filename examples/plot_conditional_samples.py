@@ -69,7 +69,7 @@ for (top, bottom), value in zip(axes.T, asked, strict=True):
     bottom.set(xlabel="x, m", xlim=(-0.7, 1.7), ylim=(-1.3, 1.7), aspect="equal")
 axes[0, 0].set_ylabel("elbow, rad")
 axes[1, 0].set_ylabel("height, m")
-axes[0, 0].legend(loc="upper right", fontsize="small", markerscale=3)
+_ = axes[0, 0].legend(loc="upper right", fontsize="small", markerscale=3)
 
 # %%
 # Given a class
@@ -97,7 +97,7 @@ ax.set(
     ylabel=X.columns[1],
     title="flowers (circles), and drawn ones (dots)",
 )
-ax.legend()
+_ = ax.legend()
 
 # %%
 # Read as a classifier, on rows that were not seen:

@@ -48,7 +48,7 @@ figure, ax = plt.subplots(figsize=(5.5, 5), layout="constrained")
 ConfusionMatrixDisplay.from_estimator(
     model, X_test, y_test, cmap="Blues", colorbar=False, ax=ax
 )
-ax.set_title(f"{n_wrong} errors in {len(y_test)} test images")
+_ = ax.set_title(f"{n_wrong} errors in {len(y_test)} test images")
 
 # %%
 # These are the images that were read wrong, with the probability of the answer.
@@ -92,7 +92,7 @@ ax.set(
     xlim=(0.75, 1.01),
     ylim=(0.75, 1.01),
 )
-ax.legend(loc="lower right")
+_ = ax.legend(loc="lower right")
 
 # %%
 # With smoothing the model is too modest, without it too sure of itself; the log-loss,

@@ -48,8 +48,7 @@ search = HalvingGridSearchCV(
     cv=StratifiedKFold(3, shuffle=True, random_state=0),
     error_score="raise",
     random_state=0,
-)
-search.fit(X_train, y_train)
+).fit(X_train, y_train)
 
 # %%
 # What was tried in each round
@@ -90,7 +89,7 @@ n_rows = np.unique(table["rows"])
 ax.set_xticks(n_rows, n_rows)
 ax.minorticks_off()
 ax.set(xlabel="rows to train on and validate", ylabel="accuracy, mean of 3 folds")
-figure.legend(loc="outside right center", fontsize="small")
+_ = figure.legend(loc="outside right center", fontsize="small")
 
 # %%
 # The size decides. The tolerance hardly matters for the accuracy here, but a tight one

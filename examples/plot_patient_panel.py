@@ -94,7 +94,7 @@ errors.T.plot.barh(ax=ax)
 ax.invert_yaxis()
 ax.set(xlabel="mean absolute error of hidden values, standard deviations")
 ax.get_legend().remove()
-figure.legend(loc="outside upper center", ncols=3)
+_ = figure.legend(loc="outside upper center", ncols=3)
 
 # %%
 # Go on with a new patient
@@ -123,7 +123,7 @@ display.axes_[0].set_title(
 for line in display.observed_ + display.held_out_:
     line.set_markersize(8)
 display.axes_[0].legend(loc="upper left", ncols=2)
-display.ax_.set_xlabel("years since the first visit")
+_ = display.ax_.set_xlabel("years since the first visit")
 
 # %%
 # Cross-validation

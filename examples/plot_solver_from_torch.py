@@ -150,7 +150,7 @@ for ax in axes[1]:
     ax.set_xlabel("time, years")
 for ax in axes[:, 0]:
     ax.set_ylabel("animals, thousands")
-figure.legend(
+_ = figure.legend(
     *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6
 )
 
@@ -174,7 +174,7 @@ for ax, slopes, name in zip(
     ax.quiver(*points.T, *slopes.T, color="0.5", scale=30)
     ax.plot(*data.reshape(-1, 2).T, ".", color="C0", ms=4)
     ax.set(title=name, xlabel="hares, thousands")
-axes[0].set_ylabel("lynxes, thousands")
+_ = axes[0].set_ylabel("lynxes, thousands")
 
 # %%
 # How long is a cycle?
@@ -192,7 +192,7 @@ peaks = solution.events[0]
 for valley in range(4):
     first, second = peaks.t[peaks.sample == valley]
     cycle = second - first
-    (slopes,) = torch.autograd.grad(cycle, model.log_rates, retain_graph=True)
-    changes = ", ".join(f"{0.01 * slope:+.3f}" for slope in slopes.tolist())
+    (effects,) = torch.autograd.grad(cycle, model.log_rates, retain_graph=True)
+    changes = ", ".join(f"{0.01 * effect:+.3f}" for effect in effects.tolist())
     print(f"valley {valley + 1}: {cycle.item():.2f} years ({changes})")
 plt.show()

@@ -73,7 +73,7 @@ for ax, series in zip(axes.flat, shown, strict=True):
     ax.set(title=f"series {series}, {way}", xlabel="x1", ylabel="x2")
     ax.set_aspect("equal", "datalim")
 axes[0, 0].plot([], [], color="0.85", lw=5, label="truth")
-figure.legend(
+_ = figure.legend(
     *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4
 )
 

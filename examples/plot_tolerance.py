@@ -48,7 +48,7 @@ figure, axes = plt.subplots(1, 2, figsize=(8, 3.5), layout="constrained")
 axes[0].semilogy(table["evaluations"], table["error"], "o-")
 axes[0].set(xlabel="evaluations a sample", ylabel="error of the probabilities")
 axes[1].plot(table["evaluations"], 1e3 * table["seconds"], "o-")
-axes[1].set(
+_ = axes[1].set(
     xlabel="evaluations a sample", ylabel=f"ms for {len(X_test)} rows", ylim=(0, None)
 )
 
@@ -66,7 +66,7 @@ for i, rtol in enumerate((1e-2, 1e-4, 1e-6)):
     print(f"tolerance {rtol:.0e}: {counts.min()} to {counts.max()} evaluations")
 net.set_params(rtol=1e-2, atol=1e-2)
 ax.set(xlabel="evaluations of a row", ylabel="rows")
-ax.legend()
+_ = ax.legend()
 
 # %%
 # Evaluations in training

@@ -63,7 +63,7 @@ figure, axes = plt.subplots(
 for ax, time in zip(axes, (0.5, 0.95), strict=True):
     TrajectoryDisplay.from_estimator(density, X_test[:150], field_time=time, ax=ax)
     ax.set(aspect="equal", xlim=(-1.8, 2.8), ylim=(-1.1, 1.5))
-axes[1].set_ylabel("")
+_ = axes[1].set_ylabel("")
 
 # %%
 # The truth beside it
@@ -88,7 +88,7 @@ DensityDisplay(grid, display.log_density, rows=X_test).plot(
 for ax, title in zip(axes, ("truth", "flow"), strict=True):
     ax.set(title=title, aspect="equal", ylabel="x1", xlim=(-1.7, 2.7), ylim=(-1, 1.5))
 axes[1].set_ylabel("")
-figure.colorbar(truth.surface_, ax=axes, label="density", format="%.1f")
+_ = figure.colorbar(truth.surface_, ax=axes, label="density", format="%.1f")
 
 # %%
 # And back
