@@ -15,7 +15,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_feature_names, _check_n_features
 
 from sknode._base import SHARED_CONSTRAINTS, BaseODEEstimator, as_sizes
-from sknode._series.fitting import fit_series
+from sknode._series.fitting import LEAST_CELLS, fit_series
 from sknode._series.keys import encode_series
 from sknode._series.model import Predictive
 from sknode._series.network import LatentODENetwork
@@ -258,9 +258,13 @@ class BaseLatentODE(BaseODEEstimator):
                 stacklevel=stacklevel_of_caller(),
             )
         if self.early_stopping and not fitted.scores:
+            n = np.isfinite(values).sum()
+            what = f"Only {n} values are observed"
+            if n >= LEAST_CELLS:
+                what = f"Each series has only a few of the {n} values observed"
             warnings.warn(
-                f"Only {np.isfinite(values).sum()} values are observed: too few to "
-                "hide some and judge the model by them. Do not rely on its intervals.",
+                f"{what}: too few to hide some and judge the model by them. Do not "
+                "rely on its intervals.",
                 UserWarning,
                 stacklevel=stacklevel_of_caller(),
             )

@@ -108,6 +108,14 @@ def test_series_nobody_has_seen_get_the_prior():
     assert (std > 2 * known).all()
 
 
+@pytest.mark.parametrize("length", [1, 2])
+def test_many_series_of_a_row_or_two_are_too_short_to_judge_by(length):
+    X, y = panel(50, length)
+    with pytest.warns(UserWarning, match="Each series has only a few of the"):
+        model = quick(series="series", max_iter=1).fit(X, y)
+    assert np.isfinite(model.predict(X)).all()
+
+
 def test_condition_takes_in_a_new_series_without_training():
     X, y = panel(2, seed=7)
     X = X.assign(series="new " + X["series"])

@@ -19,6 +19,9 @@ __all__ = ["find_cycle"]
 FINE, MOST = 4, 2**18
 # A period is seen at least this often in the longest series.
 REPEATS = 3
+# With fewer repeats than this a neighbourhood is as wide as a peak and hides it: a peak
+# is then tried that is so many times as high as what is typical of the rest.
+FEW_REPEATS, STANDS_OUT = 9, 4.0
 # How far a multiple of a period stands out if it is there.
 PEAK = 6.0
 # Frequencies that differ by less than this share are one.
@@ -43,7 +46,8 @@ def find_cycle(panel, weight, step, rng, refused=(), most_series=64, level=1e-3)
         Periods that are not to be found, nor parts of them.
     most_series : int
     level : float
-        The probability to find a period where there is none.
+        The probability to find a period where there is none, unless it is seen only a
+        few times: such a one is a guess.
 
     Returns
     -------
@@ -65,9 +69,26 @@ def find_cycle(panel, weight, step, rng, refused=(), most_series=64, level=1e-3)
             ratio[np.abs(frequency * period / multiple - 1) < NEAR] = 0.0
     best = int(np.argmax(ratio))
     n_free = len(frequency) / 2
-    if ratio[best] < gamma.isf(level / n_free, n_parts) / n_parts:
+    if ratio[best] >= gamma.isf(level / n_free, n_parts) / n_parts:
+        return 1 / _fundamental(ratio, frequency, best)
+    return _find_slow_cycle(power, frequency, refused)
+
+
+def _find_slow_cycle(power, frequency, refused):
+    """Return the most prominent of the periods that are seen only a few times."""
+    few = frequency < FEW_REPEATS / REPEATS * frequency[0]
+    power, frequency = power[few], frequency[few]
+    peaks = np.flatnonzero((power[1:-1] > power[:-2]) & (power[1:-1] >= power[2:])) + 1
+    tried = [np.abs(frequency * period - 1) < NEAR for period in refused]
+    peaks = [k for k in peaks if not any(near[k] for near in tried)]
+    if not peaks:
         return None
-    return 1 / _fundamental(ratio, frequency, best)
+    best = max(peaks, key=power.__getitem__)
+    # the width of a peak is that of one repeat
+    rest = np.abs(frequency - frequency[best]) > frequency[0] / REPEATS
+    if not rest.any() or power[best] < STANDS_OUT * np.median(power[rest]):
+        return None
+    return 1 / frequency[best]
 
 
 def _periodogram(panel, weight, step, rng, most_series):

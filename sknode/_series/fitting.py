@@ -106,6 +106,7 @@ def fit_series(
     kinds = np.zeros(observed.shape, np.uint8)
     if fraction:
         kinds = hide_cells(panel, fraction, rng)
+        fraction *= kinds.any()  # of short series nothing can be hidden
     kept = panel.hide(kinds > 0)
     anchored = is_anchored(kept)
     rows_each = window_rows(kept) if anchored else None

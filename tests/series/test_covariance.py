@@ -255,3 +255,24 @@ def test_a_refused_period_makes_way_for_the_next():
     multiples = np.array(found) / [31, 100]
     np.testing.assert_allclose(multiples, np.rint(multiples), rtol=0.01)
     assert (multiples > 0.5).all()
+
+
+@pytest.mark.parametrize("n_series, noise", [(1, 0.1), (3, 0.5)])
+def test_a_period_that_is_seen_four_times_is_found(n_series, noise):
+    rng = np.random.default_rng(0)
+    codes, month = np.divmod(np.arange(48 * n_series), 48)
+    season = np.sin(2 * np.pi * month / 12 + 0.3 * codes)
+    values = season + noise * rng.normal(size=len(codes))
+    panel = Panel.from_rows(codes, month / 48, values[:, None])[0]
+    _, process = fit_warped_process(panel, rng=rng)
+    slowest = process.frequency[process.frequency > 0].min()
+    np.testing.assert_allclose(2 * np.pi / slowest * 48, 12, rtol=0.03)
+
+
+def test_no_period_is_seen_in_a_random_walk():
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(60, 4)).cumsum(0)
+    for column in values.T:
+        panel = make_panel(column[:, None], np.arange(60) / 60)
+        _, process = fit_warped_process(panel, rng=rng)
+        assert not process.frequency.any()
