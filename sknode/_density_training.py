@@ -80,6 +80,8 @@ class FlowTrainer:
         Gets an entry an epoch.
     on_epoch : callable, optional
         Called with the history of a network; returns True to end its training.
+    cut_short : bool
+        Whether the training of a network that is of use ended for its epochs only.
     """
 
     make: Callable[[bool, bool], DensityFlow]
@@ -91,6 +93,7 @@ class FlowTrainer:
     generator: torch.Generator
     history: History
     on_epoch: Callable[[History], bool] | None = None
+    cut_short: bool = False
 
     def fit(self, data, refine, before=None):
         """Train on rows; return the finish and the residual, None where no good.
@@ -228,6 +231,7 @@ class FlowTrainer:
             fall_share=FALL_SHARE,
             epoch_rows=EPOCH_ROWS,
             part=part,
+            warns=False,
         )
         average, validate, current = Average(flow, decay), None, History()
         if len(held_out[0]):
@@ -258,10 +262,13 @@ class FlowTrainer:
         self.history.loss += current.loss
         self.history.nfe += current.nfe
         self.history.validation += current.validation
-        if validate is None:
-            return True
-        after = _log_density(flow, held_out, REFINEMENT)
-        return is_better(after, before, held_out[2].cpu().numpy())
+        better = validate is None
+        if validate is not None:
+            after = _log_density(flow, held_out, REFINEMENT)
+            better = is_better(after, before, held_out[2].cpu().numpy())
+        cut_short = len(current.loss) == recipe.max_iter and not current.converged
+        self.cut_short |= better and cut_short
+        return better
 
 
 def _log_density(flow, data, refinement=1) -> np.ndarray:

@@ -44,7 +44,7 @@ from sknode._density_solve import (
 from sknode._density_start import Start, choose_start, is_better
 from sknode._density_training import FlowTrainer, check_target_density
 from sknode._mixture import GaussianMixtureModel
-from sknode._training import History
+from sknode._training import History, warn_unless_converged
 from sknode._warp import Whitening
 from sknode.ode.methods import get_method
 
@@ -466,6 +466,9 @@ class CNFDensity(
                 mixture += slope[held_out]
                 if not is_better(logs, mixture, weight[held_out]):
                     start, finish, residual = mixture_alone, None, None
+            # not of networks that are left out
+            if trainer.cut_short and (finish is not None or residual is not None):
+                warn_unless_converged(type(self).__name__, self.max_iter, history)
         if residual is None and finish is None and judged and not going_on:
             # the rows that were held out have done their work
             start = start.refit(U, given, weight, seed)

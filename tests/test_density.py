@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import time
+import warnings
 
 import joblib
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 from scipy import stats
 from sklearn.datasets import load_wine
-from sklearn.exceptions import NotFittedError
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -558,3 +559,17 @@ def test_networks_start_from_few_components():
     many = CNFDensity(n_components=32, max_iter=1, random_state=0).fit(X)
     assert many.n_components_ == 32
     assert density.score(X) > many.score(X)
+
+
+@pytest.mark.parametrize("of_use", [True, False])
+def test_a_limit_of_epochs_is_warned_of_where_networks_are_used(of_use):
+    # of normal rows a mixture knows all there is to know
+    X = np.random.default_rng(0).normal(size=(200, 2))
+    model = CNFDensity(max_iter=2, early_stopping=not of_use, random_state=0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.fit(X)
+    assert (model.module_.residual is not None) == of_use
+    found = [str(w.message) for w in caught if w.category is ConvergenceWarning]
+    expected = "CNFDensity: max_iter=2 was reached and the training had not converged"
+    assert [text.startswith(expected) for text in found] == [True] * of_use
