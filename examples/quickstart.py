@@ -95,10 +95,15 @@ def cross_validation(X, y):
 def grid_search(X, y):
     """Search over solver tolerance and hidden size; return the fitted search."""
     print("3. Grid search: the tolerance of the solver, the size of the network")
-    grid = {
-        "odenetclassifier__rtol": [1e-1, 1e-3],
-        "odenetclassifier__hidden_layer_sizes": [(16,), (64,)],
-    }
+    # errors up to atol + rtol |state| are tolerated: both have to be small
+    grid = [
+        {
+            "odenetclassifier__rtol": [tolerance],
+            "odenetclassifier__atol": [tolerance],
+            "odenetclassifier__hidden_layer_sizes": [(16,), (64,)],
+        }
+        for tolerance in (1e-1, 1e-3)
+    ]
     model = make_pipeline(StandardScaler(), ODENetClassifier(random_state=0))
     folds = StratifiedKFold(2, shuffle=True, random_state=0)
     search = GridSearchCV(model, grid, cv=folds).fit(X, y)
