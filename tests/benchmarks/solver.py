@@ -1,9 +1,10 @@
-"""Speed of the solver beside torchdiffeq and torchode, at equal or smaller error.
+"""Speed of the solver beside torchdiffeq, torchode and diffrax, at equal or less error.
 
 Tanh fields of the given sizes, dopri5 at rtol = atol = 1e-5 on t in [0, 1], float32.
 Weights are torch's default initialisation times 3, y0 is standard normal. All solvers
 run in one process, in turns; a figure is the median of the rounds. The error is the
-largest deviation of a component from a float64 solution at 1e-12.
+largest deviation of a component from a float64 solution at 1e-12. Diffrax is compiled
+by jax.jit beforehand, with steps for every sample (vmap) or for the batch.
 
     python tests/benchmarks/solver.py [--rounds 15] [--device cpu] [--threads 2]
 """
@@ -16,6 +17,7 @@ import time
 import warnings
 from functools import partial
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -26,6 +28,7 @@ from sknode.ode import solve_ode
 CASES = [(2, 32, 64, 2), (2, 64, 1024, 2), (4, 20, 1000, 100), (8, 128, 4096, 2)]
 RTOL = ATOL = 1e-5
 CALLS = 3  # in a row
+DIFFRAX_STEPS = 64  # at most: fewer checkpoints than by default, and faster
 
 
 def make_problem(dim, hidden, batch, n_times, device):
@@ -105,6 +108,52 @@ def contestants(linears, y0, t):
     return found
 
 
+def diffrax_jobs(linears, y0, t):
+    """Return name -> (forward, forward and gradient), compiled, without arguments."""
+    try:
+        import diffrax
+        import jax
+        import jax.numpy as jnp
+    except ImportError:
+        return {}
+    weights = [
+        tuple(jnp.asarray(p.detach().cpu().numpy()) for p in (x.weight, x.bias))
+        for x in linears
+    ]
+    start, times = jnp.asarray(y0.cpu().numpy()), jnp.asarray(t.cpu().numpy())
+
+    def field(_, y, weights):
+        (a, b), (c, d), (e, f) = weights
+        return jnp.tanh(jnp.tanh(y @ a.T + b) @ c.T + d) @ e.T + f
+
+    def solve(weights, y0):
+        return diffrax.diffeqsolve(
+            diffrax.ODETerm(field),
+            diffrax.Dopri5(),
+            t0=0.0,
+            t1=1.0,
+            dt0=None,
+            y0=y0,
+            args=weights,
+            saveat=diffrax.SaveAt(ts=times),
+            stepsize_controller=diffrax.PIDController(rtol=RTOL, atol=ATOL),
+            max_steps=DIFFRAX_STEPS,
+        ).ys
+
+    jobs = {}
+    for kind in ("per sample", "shared"):
+        batched = jax.vmap(solve, (None, 0)) if kind == "per sample" else solve
+        forward = jax.jit(batched)
+        gradient = jax.jit(
+            jax.grad(lambda *x, batched=batched: (batched(*x) ** 2).sum(), (0, 1))
+        )
+        jobs[f"diffrax, {kind}"] = tuple(
+            lambda f=f: jax.block_until_ready(f(weights, start))
+            for f in (forward, gradient)
+        )
+    return jobs
+
+
 def forward_backward(solve, y0, linears):
     """One training step: solve, and the gradient of a sum of squares."""
     for layer in linears:
@@ -170,13 +219,20 @@ def main():
             name: (forward_only(solve, y0, linears) - exact).abs().max().item()
             for name, solve in solvers.items()
         }
+        others = diffrax_jobs(linears, y0, t) if device.type == "cpu" else {}
+        for name, (forward, _) in others.items():
+            found = torch.tensor(np.array(forward()))
+            if "shared" in name:
+                found = found.transpose(0, 1)
+            error[name] = (found - exact).abs().max().item()
         tables = []
-        for function in (forward_only, forward_backward):
+        for k, function in enumerate((forward_only, forward_backward)):
             jobs = {
                 name: partial(function, solve, y0, linears)
                 for name, solve in solvers.items()
                 if not (function is forward_only and "adjoint" in name)
             }
+            jobs |= {name: both[k] for name, both in others.items()}
             tables.append(measure(jobs, args.rounds, device))
         forward, both = tables
         print("\nstate {}, hidden {} x 2, batch {}, {} output times".format(*case))
@@ -185,7 +241,7 @@ def main():
             f"{'+ gradient ms':>15s}{'x':>7s}"
         )
         base = "torchdiffeq" if "torchdiffeq" in solvers else next(iter(solvers))
-        for name in solvers:
+        for name in error:
             one, two = forward.get(name), both[name]
             first = "" if one is None else f"{one:12.2f}{forward[base] / one:7.2f}"
             print(
