@@ -28,23 +28,21 @@ def last_state(cell: nn.GRUCell, inputs: Tensor, real: Tensor) -> Tensor:
     -------
     Tensor of shape (batch, hidden_size)
     """
-    size = cell.hidden_size
     projected = nn.functional.linear(inputs, cell.weight_ih, cell.bias_ih)
-    # an update gate that is one to the bit keeps the state
-    gate = projected[..., size : 2 * size].masked_fill(~real[..., None], torch.inf)
-    projected = torch.cat(
-        [projected[..., :size], gate, projected[..., 2 * size :]], dim=-1
-    )
-    return _LastState.apply(projected, cell.weight_hh, cell.bias_hh)
+    return _LastState.apply(projected, real, cell.weight_hh, cell.bias_hh)
 
 
 class _LastState(torch.autograd.Function):
     """The recurrence, in the notation of torch: reset r, update z, new n."""
 
     @staticmethod
-    def forward(ctx, projected, weight, bias):
+    def forward(ctx, projected, real, weight, bias):
         length, batch, width = projected.shape
         size = width // 3
+        if not bool(real.all()):
+            # an update gate that is one to the bit keeps the state
+            projected = projected.clone()
+            projected[..., size : 2 * size].masked_fill_(~real[..., None], torch.inf)
         states = projected.new_zeros(length + 1, batch, size)
         gates = torch.empty_like(projected)  # r, z, n
         hidden = torch.empty_like(projected)
@@ -88,6 +86,6 @@ class _LastState(torch.autograd.Function):
                 torch.addmm(after[t] * z[t], flat[t], weight, out=after[t - 1])
         grad_weight = flat.flatten(0, 1).t() @ states[:-1].flatten(0, 1)
         grad_bias = flat.sum((0, 1))
-        grad_projected = flat.clone()
-        grad_projected[..., 2 * n.shape[-1] :] = after * to_n
-        return grad_projected, grad_weight, grad_bias
+        # from here on it is the gradient of what was projected, which r does not scale
+        torch.mul(after, to_n, out=deltas[..., 2, :])
+        return flat, None, grad_weight, grad_bias
