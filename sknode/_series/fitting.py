@@ -47,7 +47,7 @@ MOST_SERIES = 300
 CONFIDENCE = {BEFORE: 0.0, BETWEEN: 2.0, AFTER: 0.0}
 # Ahead of the observations a network may do better if it is told only those within so
 # much time, the span of a typical series being 1, or on average over these and all.
-RECENT = 0.5, 0.35, 0.25, 0.125
+RECENT = 0.5, 0.25, 0.125, 0.0625
 
 
 @dataclass
