@@ -13,9 +13,12 @@ months there are none, and more are hidden to see how well they are filled in.
 # A wide table goes in: dates in the index, a column a channel, NaN where nothing is
 # known. Hidden are a year, a year and a half, and all from 1999 on.
 
+import warnings
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from sklearn.exceptions import ConvergenceWarning
 
 from sknode import LatentODEImputer
 from sknode.datasets import load_co2
@@ -32,6 +35,9 @@ for months in hidden.values():
     seen.loc[months] = np.nan
 print(f"{len(co2)} months, {co2['co2'].isna().sum()} of them without a measurement")
 
+# Training ends with the learning rate at zero after max_iter epochs, which is enough
+# here. The warning that more might be better is switched off.
+warnings.simplefilter("ignore", ConvergenceWarning)
 imputer = LatentODEImputer(random_state=0).fit(seen)
 
 # %%

@@ -77,12 +77,29 @@ def test_fit_transform_is_transform_after_fit(table, fitted):
     pd.testing.assert_frame_equal(quick().fit_transform(table), fitted.transform(table))
 
 
-def test_rows_that_lie_ahead_are_forecast_with_growing_uncertainty(table, fitted):
-    ahead = pd.date_range(table.index[-1], periods=40, freq="2D")[1:]
-    filled, std = fitted.impute(table.reindex(table.index.union(ahead)), True)
+def forecast(imputer, table, n=40):
+    """Return what an imputer fills in at times after those of a table."""
+    ahead = pd.date_range(table.index[-1], periods=n, freq="2D")[1:]
+    filled, std = imputer.impute(table.reindex(table.index.union(ahead)), True)
     assert not filled.isna().any().any()
-    assert (std.loc[ahead[-1]] > std.loc[ahead[0]]).all()
     assert (std.to_numpy()[: len(table)][table.notna().to_numpy()] == 0).all()
+    return filled.loc[ahead], std.loc[ahead]
+
+
+def test_rows_that_lie_ahead_are_forecast(table, fitted):
+    # of waves the period is found, and with it all that there is to know
+    filled, std = forecast(fitted, table)
+    phase = (filled.index - pd.Timestamp("2026-01-01")) / pd.Timedelta("10D")
+    truth = np.stack([np.sin(phase), 5 + 2 * np.cos(phase)], axis=1)
+    assert np.abs(filled - truth).to_numpy().max() < 0.2
+    assert std.to_numpy().max() < 0.1
+
+
+def test_what_lies_ahead_of_a_random_walk_is_more_and_more_uncertain(table):
+    steps = np.random.default_rng(0).normal(size=table.shape)
+    walk = pd.DataFrame(steps.cumsum(0), table.index, table.columns)
+    _, std = forecast(quick().fit(walk), walk)
+    assert (std.iloc[-1] > 2 * std.iloc[0]).all()
 
 
 def test_transform_knows_what_it_is_given_and_no_other_rows(table, fitted):
