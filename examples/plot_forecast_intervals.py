@@ -12,9 +12,12 @@ lie inside as they promise.
 # and dry spells of some weeks, and an error of measurement. They are read every twelve
 # days on average, for four years, at irregular times.
 
+import warnings
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from sklearn.exceptions import ConvergenceWarning
 
 from sknode import LatentODERegressor
 from sknode.model_selection import PanelTimeSeriesSplit
@@ -44,7 +47,10 @@ X, y = data[["gauge", "date"]], data["level"].rename("level, m")
 # %%
 # ``PanelTimeSeriesSplit`` cuts by time: trained is on what was before, tested what
 # comes after. Twice a year is held out, so that no single strange year decides.
+# Training ends with the learning rate at zero after max_iter epochs, which is enough
+# here; the warning that more might be better is switched off.
 
+warnings.simplefilter("ignore", ConvergenceWarning)
 model = LatentODERegressor(
     series="gauge", time="date", calendar="yearday", random_state=0
 )
