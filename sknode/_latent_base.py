@@ -25,7 +25,7 @@ from sknode._series.posterior import refinement_helps
 from sknode._series.scaling import Scaling
 from sknode._series.training import Trainer
 from sknode._series.windows import WINDOW_ROWS
-from sknode._training import History, warn_unless_converged
+from sknode._training import History, warn_of_setbacks, warn_unless_converged
 from sknode._warning import stacklevel_of_caller
 
 __all__ = ["BaseLatentODE"]
@@ -122,9 +122,10 @@ class BaseLatentODE(BaseODEEstimator):
         self.module_ = None if fitted.mean is None else fitted.mean.network
         self._keep_scores(fitted, history)
         self._tell(fitted, values)
-        # not of a network that is of no use
-        if self.module_ is not None and len(history.loss) == self.max_iter:
-            warn_unless_converged(type(self).__name__, self.max_iter, history)
+        if self.module_ is not None:  # not of a network that is of no use
+            warn_of_setbacks(type(self).__name__, history)
+            if len(history.loss) == self.max_iter:
+                warn_unless_converged(type(self).__name__, self.max_iter, history)
         context.call_on_fit_task_end(
             estimator=self, X=X, y=y, reconstruction_attributes={}
         )

@@ -23,6 +23,7 @@ __all__ = [
     "Recipe",
     "make_optimizer",
     "train",
+    "warn_of_setbacks",
     "warn_unless_converged",
 ]
 
@@ -322,8 +323,6 @@ def train(
             group["lr"] = rate
     if epoch + 1 == recipe.max_iter and recipe.warns:
         warn_unless_converged(recipe.name, recipe.max_iter, history)
-    if history.setbacks:
-        warn_of_setbacks(recipe.name, history)
     if best is None and average is not None:
         best = list(followed.parameters())
     if best is not None:
@@ -381,14 +380,15 @@ def count_setback(recipe: Recipe, history: History, error: SolverError) -> None:
 
 
 def warn_of_setbacks(name: str, history: History) -> None:
-    """Warn that solves failed in training, which went on nevertheless."""
-    warnings.warn(
-        f"{name}: the solver failed {history.setbacks} times in training, which went "
-        "on from earlier weights at half the learning rate each time. Lower "
-        "learning_rate_init or raise alpha.",
-        ConvergenceWarning,
-        stacklevel=stacklevel_of_caller(),
-    )
+    """Warn that solves failed in training, if any did: it went on nevertheless."""
+    if history.setbacks:
+        warnings.warn(
+            f"{name}: solves that failed in training: {history.setbacks}. It went on "
+            "from earlier weights at half the learning rate each time. Lower "
+            "learning_rate_init or raise alpha.",
+            ConvergenceWarning,
+            stacklevel=stacklevel_of_caller(),
+        )
 
 
 def has_finished(recipe: Recipe, history: History, validated: bool) -> bool:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 from functools import cache
 
 import numpy as np
@@ -12,7 +13,9 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.model_selection import GridSearchCV, GroupKFold, KFold, cross_validate
 
 from sknode import LatentODERegressor
+from sknode._series.training import Trainer
 from sknode.model_selection import PanelBlockKFold, PanelTimeSeriesSplit
+from sknode.ode import SolverError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning"),
@@ -114,6 +117,27 @@ def test_many_series_of_a_row_or_two_are_too_short_to_judge_by(length):
     with pytest.warns(UserWarning, match="Each series has only a few of the"):
         model = quick(series="series", max_iter=1).fit(X, y)
     assert np.isfinite(model.predict(X)).all()
+
+
+@pytest.mark.parametrize("residual", [None, "ou"])
+def test_solves_that_fail_in_training_are_warned_of_if_the_network_is_used(
+    monkeypatch, residual
+):
+    loss, calls = Trainer._loss, []
+
+    def fails_once(self, *args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise SolverError("Too many steps.")
+        return loss(self, *args)
+
+    monkeypatch.setattr(Trainer, "_loss", fails_once)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = quick(series="series", residual=residual).fit(*panel())
+    warned = [w for w in caught if "failed in training: 1." in str(w.message)]
+    assert len(warned) == (model.module_ is not None)
+    assert residual == "ou" or warned
 
 
 def test_condition_takes_in_a_new_series_without_training():

@@ -106,7 +106,8 @@ def fit_series(
     kinds = np.zeros(observed.shape, np.uint8)
     if fraction:
         kinds = hide_cells(panel, fraction, rng)
-        fraction *= kinds.any()  # of short series nothing can be hidden
+        if not kinds.any():  # of short series nothing can be hidden
+            fraction = 0.0
     kept = panel.hide(kinds > 0)
     anchored = is_anchored(kept)
     rows_each = window_rows(kept) if anchored else None

@@ -2,7 +2,6 @@
 
 import sys
 
-import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,15 +14,6 @@ from sklearn.preprocessing import StandardScaler
 from sknode import CNFDensity
 from sknode.datasets import make_density
 from sknode.plotting import DensityDisplay
-
-
-@pytest.fixture(autouse=True)
-def figures_of_no_window():
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    yield
-    plt.close("all")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import sys
 
-import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,15 +15,6 @@ from sklearn.preprocessing import MinMaxScaler, StandardScaler
 
 from sknode.datasets import load_co2
 from sknode.plotting import SeriesDisplay
-
-
-@pytest.fixture(autouse=True)
-def figures_of_no_window():
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    yield
-    plt.close("all")
 
 
 class SeriesRegressor(RegressorMixin, BaseEstimator):

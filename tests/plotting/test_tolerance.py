@@ -5,7 +5,6 @@ import pickle
 import sys
 import warnings
 
-import matplotlib
 import numpy as np
 import pytest
 from sklearn.datasets import make_moons
@@ -23,15 +22,6 @@ FLOW = {**SMALL, "n_components": 2, "early_stopping": False}
 RTOLS = (1e-2, 1e-4, 1e-6)
 COLUMNS = ["rtol", "atol", "evaluations", "seconds", "error", "max_error", "score"]
 show = ToleranceDisplay.from_estimator
-
-
-@pytest.fixture(autouse=True)
-def figures_of_no_window():
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    yield
-    plt.close("all")
 
 
 def fit(estimator, *data):

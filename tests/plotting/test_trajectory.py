@@ -24,15 +24,6 @@ FLOW = {**SMALL, "n_components": 2, "early_stopping": False}
 show = TrajectoryDisplay.from_estimator
 
 
-@pytest.fixture(autouse=True)
-def figures_of_no_window():
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    yield
-    plt.close("all")
-
-
 def fit(estimator, *data):
     """Fit for a few epochs, which is too few to converge."""
     with warnings.catch_warnings():
