@@ -196,7 +196,6 @@ def test_density_without_a_refinement_has_half_of_the_epochs(callbacks, moons):
 
 
 def test_progress_bar_of_scikit_learn_gets_full(callbacks, moons, capsys):
-    pytest.importorskip("rich", reason="progress bars need it")
     clf = ODENetClassifier(**SMALL).set_callbacks(callbacks.ProgressBar())
     quietly(clf.fit, *moons)
     out = capsys.readouterr().out

@@ -43,6 +43,8 @@ class Paths:
     velocity : callable or None
         ``velocity(t, states)`` returns the vector field (n, n_dims) at a time or times
         (n,), if there is one that is the same for all paths.
+    steady : bool
+        Whether that is the same at all times.
     """
 
     path: np.ndarray
@@ -51,6 +53,7 @@ class Paths:
     states: np.ndarray
     names: list
     velocity: Callable | None
+    steady: bool = False
 
 
 def last_step(estimator, X):
@@ -145,6 +148,7 @@ def _read_latent(regressor, X, y, n_times):
         states[order],
         [f"latent {i}" for i in range(n_dims)],
         velocity if n_dims > 1 else None,
+        steady=True,
     )
 
 

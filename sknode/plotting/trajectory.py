@@ -195,6 +195,9 @@ class TrajectoryDisplay:
         elif paths.velocity is not None:
             grid = _make_grid(paths, margin, grid_resolution)
             velocity = _evaluate(paths.velocity, grid, float(field_time), states)
+        # a field over time has all times, and a steady one is of none
+        is_of_one_time = states.shape[1] == 2 and not paths.steady
+        field_time = float(field_time) if is_of_one_time else None
         display = cls(
             paths.path,
             paths.time,
@@ -204,7 +207,7 @@ class TrajectoryDisplay:
             explained=explained,
             grid=grid,
             velocity=velocity,
-            field_time=float(field_time) if _has_times(last, states) else None,
+            field_time=field_time,
         )
         return display.plot(ax, field_method=field_method, **kwargs)
 
@@ -371,11 +374,6 @@ def _project(states):
     components = PCA(2, random_state=0)
     projected = components.fit_transform(states.astype(np.float64))
     return projected, components.explained_variance_ratio_
-
-
-def _has_times(estimator, states):
-    """Return whether a field is of one time among others."""
-    return states.shape[1] == 2 and not hasattr(estimator, "condition")
 
 
 def _make_grid(paths, margin, resolution):
