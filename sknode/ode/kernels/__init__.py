@@ -298,6 +298,7 @@ class _Call:
             self.t_reached.ctypes.data,
             record,
             threads,
+            _worth_threads(network, batch),
         )
 
     def trace(self, records: Recorded | None) -> Trace:
@@ -423,8 +424,12 @@ def _plain(x: Tensor) -> Tensor:
 
 def _threads(network: Network, batch: int) -> int:
     """Return how many threads to use, at most as many as torch does."""
+    return torch.get_num_threads() if _worth_threads(network, batch) else 1
+
+
+def _worth_threads(network: Network, batch: int) -> bool:
     size = sum(w.numel() for w, _ in network.layers)
-    return torch.get_num_threads() if batch * size >= THREAD_WORK else 1
+    return batch * size >= THREAD_WORK
 
 
 @cache

@@ -178,7 +178,7 @@ struct Arguments {
     Solvers solvers;
     bool is_double;
 
-    // Reads the arguments up to the number of threads; check for an error afterwards.
+    // Reads the arguments up to those on threads; check for an error afterwards.
     explicit Arguments(Reader& reader) {
         const int64_t set = reader.integer();
         is_double = reader.integer() != 0;
@@ -200,6 +200,7 @@ struct Arguments {
         p.t_reached = static_cast<double*>(reader.address());
         p.record = reader.integer() != 0;
         p.threads = static_cast<int>(reader.integer());
+        p.worth_threads = reader.integer() != 0;
         p.interrupted = interrupted;
         if (PyErr_Occurred()) return;
         const auto sets = instruction_sets();

@@ -103,6 +103,7 @@ struct Problem {
     double* t_reached;                                               // (batch,)
     bool record;
     int threads;
+    bool worth_threads;     // whether there is work for several, used or not
     bool (*interrupted)();  // for `Watch`
 };
 

@@ -1,5 +1,8 @@
-// A solve of one tile of samples and the reverse of its steps. The numbers are those of
-// integrate.py and gradients.py, which say why; here only how.
+// A solve of some samples on a tile and the reverse of their steps. The numbers are those
+// of integrate.py and gradients.py, which say why; here only how.
+//
+// A sample takes as many steps as it needs. A lane whose sample is done goes on with the
+// next one, so that few lanes are ever idle.
 
 // An accepted step of every lane, its own one each.
 template <class T>
@@ -9,15 +12,23 @@ struct Step {
     int64_t* outputs;  // (LANES,), the first output time of the step
 };
 
+// A sample in its lane.
+struct Stay {
+    int64_t sample;
+    int lane;
+    int64_t first, end;    // its steps are the lane's from `first` on, up to `end`
+    int64_t first_output;  // output times before here hold the first state
+    int64_t first_held;    // those from here hold the last one
+};
+
 // The accepted steps of a tile, every lane's own ones one after another. They lie in
 // pages that are never moved, so that many steps take no more memory than they need.
 template <class T>
 class TileRecord {
 public:
     int64_t counts[LANES<T>] = {};
-    int64_t size = 0;                     // steps in use: the largest count
-    int64_t first_held[LANES<T>] = {};    // output times from here hold the last state
-    int64_t first_output[LANES<T>] = {};  // those before here hold the first
+    int64_t size = 0;  // steps in use: the largest count
+    std::vector<Stay> stays;
 
     Step<T> operator[](int64_t i) const {
         const Step<T>& page = pages_[i / PAGE];
@@ -39,7 +50,19 @@ public:
         }
     }
 
-    int64_t bytes() const { return states_.bytes() + times_.bytes() + outputs_.bytes(); }
+    // Those with the most steps first: lanes that take them up in this order end at
+    // about the same time.
+    void sort() {
+        std::stable_sort(stays.begin(), stays.end(), [](const Stay& a, const Stay& b) {
+            const int64_t more = a.end - a.first, less = b.end - b.first;
+            return more != less ? more > less : a.sample < b.sample;
+        });
+    }
+
+    int64_t bytes() const {
+        return states_.bytes() + times_.bytes() + outputs_.bytes() +
+               static_cast<int64_t>(stays.capacity() * sizeof(Stay));
+    }
 
 private:
     static constexpr int64_t PAGE = 8;
@@ -69,48 +92,194 @@ struct Times {
     double operator[](int64_t i) const { return values[i] * sign; }
 };
 
-// `E` evaluates a kind of network on a tile.
-template <class E>
-class TileSolver final : TileStepper<typename E::Value> {
-    using T = typename E::Value;
-    using Base = TileStepper<T>;
-    using Base::arena_, Base::rk_, Base::rows_, Base::size_;
-    using Base::y_, Base::k_, Base::state_, Base::moved_, Base::started_;
-    using Base::t_, Base::t1_, Base::t_end_, Base::length_, Base::sign_;
-    using Base::combine, Base::evaluate_stage;
+// Where in a step a time is, from 0 to 1.
+template <class T>
+static inline T place_in_step(double at, double t, double t1) {
+    return static_cast<T>(std::min(std::max((at - t) / (t1 - t), 0.0), 1.0));
+}
+
+// The polynomial of one lane in a step: coefficients of every power, the components side
+// by side as outputs have them. Backwards it takes up what outputs ask of each power.
+template <class T>
+class LanePolynomial {
+    typedef T Four __attribute__((vector_size(4 * sizeof(T)), may_alias));
 
 public:
-    TileSolver(const Problem& problem, const typename E::Net& network,
-               const Coefficients<T>& rk, Watch& watch)
-        : Base(problem.control, rk, watch, network.dim), p_(problem), net_(network),
-          evaluator_(network, 1, false) {
-        polynomial_ = arena_.take(size_ * std::max(rk.degree, 1));
+    LanePolynomial(int64_t rows, int degree) : rows_(rows), degree_(degree), n_((rows + 3) / 4) {
+        coefficients_ = arena_.take(4 * n_ * (degree + 1));
     }
 
-    // Solve the samples from `first` on; record their steps on request.
-    void solve(int64_t first, TileRecord<T>* record) {
-        first_ = first;
-        n_ = static_cast<int>(std::min<int64_t>(LANES<T>, p_.batch - first));
-        start();
-        this->run([&] { step(record); });
-        finish(record);
+    // From a lane of (rows, LANES) for power 0, and of (degree, rows, LANES) for others.
+    void read(const T* constant, const T* others) {
+        for (int m = 0; m <= degree_; ++m) {
+            const T* from = m ? others + (m - 1) * rows_ * LANES<T> : constant;
+            for (int64_t i = 0; i < rows_; ++i) at(m)[i] = from[i * LANES<T>];
+        }
+    }
+
+    // Evaluate it; `to` has a value for every component.
+    void write(T x, T* to) const {
+        for (int64_t i = 0; i < n_; ++i) {
+            Four value = four(degree_, i);
+            for (int m = degree_ - 1; m >= 0; --m) value = value * x + four(m, i);
+            if (4 * i + 4 <= rows_)
+                std::memcpy(to + 4 * i, &value, sizeof(value));
+            else
+                std::memcpy(to + 4 * i, &value, (rows_ - 4 * i) * sizeof(T));
+        }
+    }
+
+    void clear() { std::fill(at(0), at(degree_ + 1), T(0)); }
+
+    // Add a cotangent of its value.
+    void add(T x, const T* cotangent) {
+        for (int64_t i = 0; i < n_; ++i) {
+            Four g{};
+            if (4 * i + 4 <= rows_)
+                std::memcpy(&g, cotangent + 4 * i, sizeof(g));
+            else
+                std::memcpy(&g, cotangent + 4 * i, (rows_ - 4 * i) * sizeof(T));
+            for (int m = 0; m <= degree_; ++m, g *= x) four(m, i) += g;
+        }
+    }
+
+    // Put what was added into a lane of (degree + 1, rows, LANES).
+    void put(T* moments) const {
+        for (int m = 0; m <= degree_; ++m)
+            for (int64_t i = 0; i < rows_; ++i)
+                moments[(m * rows_ + i) * LANES<T>] = at(m)[i];
     }
 
 private:
+    const int64_t rows_;
+    const int degree_;
+    const int64_t n_;
+    Arena<T> arena_;
+    T* coefficients_;
+
+    T* at(int m) const { return coefficients_ + 4 * n_ * m; }
+    Four& four(int m, int64_t i) const { return reinterpret_cast<Four*>(at(m))[i]; }
+};
+
+// Steps with a network; `E` evaluates its kind on a tile.
+template <class E>
+class NetworkStepper : public TileStepper<typename E::Value> {
+protected:
+    using T = typename E::Value;
+    using Base = TileStepper<T>;
+
+    NetworkStepper(const Problem& problem, const typename E::Net& network,
+                   const Coefficients<T>& rk, Watch& watch, E& evaluator)
+        : Base(problem.control, rk, watch, network.dim), p_(problem), net_(network),
+          evaluator_(evaluator) {}
+
     const Problem& p_;
     const typename E::Net& net_;
-    E evaluator_;
-    T* polynomial_;
-    int64_t first_ = 0;
-    int n_ = 0;
-    int64_t n_dense_[LANES<T>], output_[LANES<T>], first_output_[LANES<T>];
+    E& evaluator_;
 
-    T* output(int lane, int64_t column) const {
-        return static_cast<T*>(p_.y) + ((first_ + lane) * p_.n_times + column) * rows_;
+    const T* initial(int64_t sample) const {
+        return static_cast<const T*>(p_.y0) + sample * this->rows_;
     }
 
-    const T* initial(int lane) const {
-        return static_cast<const T*>(p_.y0) + (first_ + lane) * rows_;
+    void evaluate(int, T* state, const double* times, T* slope) final {
+        if (net_.uses_time)
+            for (int l = 0; l < LANES<T>; ++l)
+                state[this->size_ + l] = static_cast<T>(times[l] * this->sign_[l]);
+        evaluator_.evaluate(state, slope);
+    }
+};
+
+// Samples that wait to be solved; threads may share them.
+struct Queue {
+    std::atomic<int64_t> next;
+    const int64_t end;
+    Queue(int64_t first, int64_t end) : next(first), end(end) {}
+};
+
+// The next samples, each at its start: with its first slope and its first step.
+template <class E>
+class TileEntrance final : public NetworkStepper<E> {
+    using Base = NetworkStepper<E>;
+    using T = typename Base::T;
+
+public:
+    TileEntrance(const Problem& problem, const typename E::Net& network,
+                 const Coefficients<T>& rk, Watch& watch, E& evaluator)
+        : Base(problem, network, rk, watch, evaluator) {}
+
+    // The lane in which the next sample waits, or a negative number.
+    int next(Queue& queue) {
+        if (waiting_ == n_ && !begin_some(queue)) return -1;
+        return waiting_++;
+    }
+    int64_t sample(int lane) const { return first_ + lane; }
+    const TileStepper<T>& tile() const { return *this; }
+
+private:
+    int64_t first_ = 0;
+    int waiting_ = 0, n_ = 0;
+
+    bool begin_some(Queue& queue) {
+        n_ = waiting_ = 0;
+        first_ = queue.next.fetch_add(LANES<T>);
+        if (first_ >= queue.end) return false;
+        n_ = static_cast<int>(std::min<int64_t>(LANES<T>, queue.end - first_));
+        for (int l = 0; l < LANES<T>; ++l) {
+            const Times times(this->p_, first_ + (l < n_ ? l : 0));
+            this->sign_[l] = times.sign;
+            this->t_[l] = times[0];
+            this->t_end_[l] = l < n_ ? times[times.n - 1] : times[0];
+            for (int64_t i = 0; i < this->rows_; ++i)
+                this->y_[i * LANES<T> + l] = l < n_ ? this->initial(first_ + l)[i] : T(0);
+        }
+        this->begin();
+        return true;
+    }
+};
+
+template <class E>
+class TileSolver final : public NetworkStepper<E> {
+    using Base = NetworkStepper<E>;
+    using T = typename Base::T;
+    using Base::arena_, Base::rk_, Base::rows_, Base::size_;
+    using Base::y_, Base::k_, Base::state_, Base::moved_, Base::started_, Base::running_;
+    using Base::t_, Base::t1_, Base::length_, Base::sign_;
+    using Base::p_, Base::initial, Base::combine, Base::evaluate_stage;
+
+public:
+    TileSolver(const Problem& problem, const typename E::Net& network,
+               const Coefficients<T>& rk, Watch& watch, E& evaluator)
+        : Base(problem, network, rk, watch, evaluator),
+          entrance_(problem, network, rk, watch, evaluator), path_(network.dim, rk.degree) {
+        polynomial_ = arena_.take(size_ * std::max(rk.degree, 1));
+    }
+
+    // Solve samples until there are none; record their steps on request.
+    void solve(Queue& queue, TileRecord<T>* record) {
+        for (int l = 0; l < LANES<T>; ++l) {
+            sample_[l] = NOBODY, running_[l] = false;
+            sign_[l] = 1, this->next_[l] = 0;
+            t_[l] = this->goal_[l] = this->near_goal_[l] = Times(p_, 0)[0];
+            for (int64_t i = 0; i < rows_; ++i)
+                y_[i * LANES<T> + l] = this->slope_[i * LANES<T> + l] = T(0);
+        }
+        fill_lanes(queue, record);
+        this->run([&] {
+            step(record);
+            fill_lanes(queue, record);
+        });
+    }
+
+private:
+    static constexpr int64_t NOBODY = -1;
+    TileEntrance<E> entrance_;
+    LanePolynomial<T> path_;
+    T* polynomial_;
+    int64_t sample_[LANES<T>], n_dense_[LANES<T>], output_[LANES<T>], first_output_[LANES<T>];
+    int64_t first_step_[LANES<T>];  // in the record of the lane
+
+    T* output(int lane, int64_t column) const {
+        return static_cast<T*>(p_.y) + (sample_[lane] * p_.n_times + column) * rows_;
     }
 
     // Output times from `column` on hold the last state: of a lane that never moved,
@@ -119,42 +288,57 @@ private:
         for (; column < p_.n_times; ++column) {
             T* to = output(lane, column);
             for (int64_t i = 0; i < rows_; ++i)
-                to[i] = started_[lane] ? y_[i * LANES<T> + lane] : initial(lane)[i];
+                to[i] = started_[lane] ? y_[i * LANES<T> + lane] : initial(sample_[lane])[i];
         }
     }
 
-    void evaluate(int, T* state, const double* times, T* slope) override {
-        if (net_.uses_time)
-            for (int l = 0; l < LANES<T>; ++l)
-                state[size_ + l] = static_cast<T>(times[l] * sign_[l]);
-        evaluator_.evaluate(state, slope);
+    // Lanes that are done take the next samples, as long as there are any.
+    void fill_lanes(Queue& queue, TileRecord<T>* record) {
+        for (int l = 0; l < LANES<T>; ++l)
+            while (!running_[l]) {
+                if (sample_[l] != NOBODY) leave(l, record);
+                const int waiting = entrance_.next(queue);
+                if (waiting < 0) break;
+                enter(l, waiting, record);
+            }
     }
 
-    void start() {
-        for (int l = 0; l < LANES<T>; ++l) {
-            const Times times(p_, first_ + (l < n_ ? l : 0));
-            sign_[l] = times.sign;
-            t_[l] = times[0], t_end_[l] = l < n_ ? times[times.n - 1] : times[0];
-            n_dense_[l] = 0;
-            int64_t at_start = 0;
-            while (at_start < times.n && times[at_start] == times[0]) ++at_start;
-            output_[l] = std::min(at_start, times.n - 1);
-            first_output_[l] = at_start;
-            for (int64_t i = 0; i < rows_; ++i)
-                y_[i * LANES<T> + l] = l < n_ ? initial(l)[i] : T(0);
-            for (int64_t c = 0; l < n_ && c < at_start; ++c)
-                std::memcpy(output(l, c), initial(l), rows_ * sizeof(T));
-        }
-        this->begin();
-        aim_at_grid();
+    void enter(int l, int waiting, const TileRecord<T>* record) {
+        sample_[l] = entrance_.sample(waiting);
+        this->take(l, entrance_.tile(), waiting);
+        const Times times(p_, sample_[l]);
+        n_dense_[l] = 0;
+        int64_t at_start = 0;
+        while (at_start < times.n && times[at_start] == times[0]) ++at_start;
+        output_[l] = std::min(at_start, times.n - 1);
+        first_output_[l] = at_start;
+        first_step_[l] = record ? record->counts[l] : 0;
+        for (int64_t c = 0; c < at_start; ++c)
+            std::memcpy(output(l, c), initial(sample_[l]), rows_ * sizeof(T));
+        aim_at_grid(l);
+    }
+
+    void leave(int l, TileRecord<T>* record) {
+        const int64_t sample = sample_[l];
+        const int64_t first_held = std::max(output_[l], first_output_[l]);
+        hold(l, first_held);
+        p_.status[sample] = this->status_[l];
+        p_.n_steps[sample] = this->n_steps_[l];
+        p_.n_rejected[sample] = this->n_rejected_[l];
+        p_.n_dense[sample] = n_dense_[l];
+        p_.next_output[sample] = output_[l];
+        p_.t_reached[sample] = t_[l] * sign_[l];
+        if (record)
+            record->stays.push_back(
+                {sample, l, first_step_[l], record->counts[l], first_output_[l], first_held});
+        sample_[l] = NOBODY;
     }
 
     // Steps on a grid, the same for all samples, end there and nowhere else.
-    void aim_at_grid() {
+    void aim_at_grid(int l) {
         const std::vector<double>& grid = p_.control.grid;
-        if (grid.empty()) return;
-        for (int l = 0; l < LANES<T>; ++l)
-            if (this->running_[l]) this->aim(l, grid[this->n_steps_[l] + 1] * sign_[l]);
+        if (!grid.empty() && running_[l])
+            this->aim(l, grid[this->n_steps_[l] + 1] * sign_[l]);
     }
 
     void step(TileRecord<T>* record) {
@@ -165,15 +349,15 @@ private:
         if (p_.n_times > 2) write_outputs();
         if (record) record->add(moved_, y_, rows_, t_, t1_, before);
         this->conclude(ratio);
-        aim_at_grid();
+        for (int l = 0; l < LANES<T>; ++l) aim_at_grid(l);
     }
 
     // Evaluate the dense output where output times fell into a step.
     void write_outputs() {
         bool any = false;
-        for (int l = 0; l < n_; ++l)
+        for (int l = 0; l < LANES<T>; ++l)
             if (moved_[l] && output_[l] < p_.n_times - 1)
-                any = any || Times(p_, first_ + l)[output_[l]] <= t1_[l];
+                any = any || Times(p_, sample_[l])[output_[l]] <= t1_[l];
         if (!any) return;
         for (int i = rk_.n_stages; i < rk_.n_extended; ++i) {
             combine(i, state_);
@@ -186,23 +370,15 @@ private:
                     sum += load(k_ + j * size_ + at) * rk_.dense[j * rk_.degree + m];
                 store(polynomial_ + m * size_ + at, sum);
             }
-        for (int l = 0; l < n_; ++l) {
+        for (int l = 0; l < LANES<T>; ++l) {
             if (!moved_[l]) continue;
-            const Times times(p_, first_ + l);
+            const Times times(p_, sample_[l]);
             const int64_t before = output_[l];
             for (; output_[l] < p_.n_times - 1; ++output_[l]) {
                 const double at = times[output_[l]];
                 if (!(at <= t1_[l])) break;
-                const double theta = (at - t_[l]) / length_[l];
-                const T x = static_cast<T>(std::min(std::max(theta, 0.0), 1.0));
-                T* to = output(l, output_[l]);
-                for (int64_t i = 0; i < rows_; ++i) {
-                    const T* coefficient = polynomial_ + i * LANES<T> + l;
-                    T value = coefficient[(rk_.degree - 1) * size_];
-                    for (int m = rk_.degree - 2; m >= 0; --m)
-                        value = value * x + coefficient[m * size_];
-                    to[i] = y_[i * LANES<T> + l] + value * x;
-                }
+                if (output_[l] == before) path_.read(y_ + l, polynomial_ + l);
+                path_.write(place_in_step<T>(at, t_[l], t1_[l]), output(l, output_[l]));
             }
             n_dense_[l] += output_[l] > before;
         }
@@ -214,23 +390,6 @@ private:
         return extra_;
     }
     T* extra_ = nullptr;
-
-    void finish(TileRecord<T>* record) {
-        for (int l = 0; l < n_; ++l) {
-            const int64_t sample = first_ + l;
-            hold(l, std::max(output_[l], first_output_[l]));
-            p_.status[sample] = this->status_[l];
-            p_.n_steps[sample] = this->n_steps_[l];
-            p_.n_rejected[sample] = this->n_rejected_[l];
-            p_.n_dense[sample] = n_dense_[l];
-            p_.next_output[sample] = output_[l];
-            p_.t_reached[sample] = t_[l] * sign_[l];
-            if (record) {
-                record->first_held[l] = std::max(output_[l], first_output_[l]);
-                record->first_output[l] = first_output_[l];
-            }
-        }
-    }
 };
 
 template <class E>
@@ -241,35 +400,35 @@ public:
     TileReverse(const Problem& problem, const typename E::Net& network,
                 const Coefficients<T>& rk, const ReverseProblem& reverse, Watch& watch)
         : p_(problem), net_(network), rk_(rk), watch_(watch),
-          grad_(static_cast<const T*>(reverse.grad)), grad_y0_(static_cast<T*>(reverse.grad_y0)), dim_(network.dim),
+          grad_(static_cast<const T*>(reverse.grad)),
+          grad_y0_(static_cast<T*>(reverse.grad_y0)), dim_(network.dim),
           size_(network.dim * LANES<T>), wide_(network.inputs * LANES<T>),
-          evaluator_(network, rk.n_extended, true) {
+          evaluator_(network, rk.n_extended, true), path_(network.dim, rk.degree) {
         const int n = rk.n_extended;
         k_ = arena_.take(size_ * n), states_ = arena_.take(wide_ * n);
         kappa_ = arena_.take(size_ * n), back_ = arena_.take(size_ * n);
-        lam_ = arena_.take(size_), h_ = arena_.take(LANES<T>);
+        y_ = arena_.take(size_), lam_ = arena_.take(size_), h_ = arena_.take(LANES<T>);
         moments_ = arena_.take(size_ * (rk.degree + 1));
         b_.assign(n, T(0));
         for (int i = 0; i < rk.n_stages - 1; ++i) b_[i] = rk.row(rk.n_stages - 1)[i];
     }
 
-    void reverse(int64_t first, const TileRecord<T>& record, std::vector<LayerSum<T>>& sums) {
-        first_ = first;
-        n_ = static_cast<int>(std::min<int64_t>(LANES<T>, p_.batch - first));
-        for (int l = 0; l < LANES<T>; ++l)
-            sign_[l] = Times(p_, first + (l < n_ ? l : 0)).sign;
-        std::fill(lam_, lam_ + size_, T(0));
-        for (int l = 0; l < n_; ++l)
-            for (int64_t c = record.first_held[l]; c < p_.n_times; ++c)
-                add_cotangent(l, c);
-        for (int64_t i = record.size - 1; i >= 0; --i) {
-            watch_.look();
-            step(record, i, sums);
+    void reverse(const TileRecord<T>& record, std::vector<LayerSum<T>>& sums) {
+        std::fill(lam_, lam_ + size_, T(0)), std::fill(y_, y_ + size_, T(0));
+        next_ = 0;
+        for (int l = 0; l < LANES<T>; ++l) {
+            sign_[l] = 1, t_[l] = t1_[l] = 0;
+            enter_next(l, record);
         }
-        for (int l = 0; l < n_; ++l) {
-            for (int64_t c = 0; c < record.first_output[l]; ++c) add_cotangent(l, c);
-            for (int64_t i = 0; i < dim_; ++i)
-                grad_y0_[(first + l) * dim_ + i] = lam_[i * LANES<T> + l];
+        while (any_left()) {
+            watch_.look();
+            read_steps(record);
+            step(record, sums);
+            for (int l = 0; l < LANES<T>; ++l) {
+                if (!stay_[l] || --at_[l] >= stay_[l]->first) continue;
+                leave(l, *stay_[l]);
+                enter_next(l, record);
+            }
         }
     }
 
@@ -283,41 +442,82 @@ private:
     const int64_t dim_, size_, wide_;
     E evaluator_;
     Arena<T> arena_;
-    T *k_, *states_, *kappa_, *back_, *lam_, *h_, *moments_;
+    T *y_, *k_, *states_, *kappa_, *back_, *lam_, *h_, *moments_;
+    LanePolynomial<T> path_;
     std::vector<T> b_;
-    int64_t first_ = 0;
-    int n_ = 0;
-    double sign_[LANES<T>];
+    double sign_[LANES<T>], t_[LANES<T>], t1_[LANES<T>];
+    const Stay* stay_[LANES<T>];  // or null, where nothing is left to do
+    int64_t at_[LANES<T>];        // its step, in its lane of the record
+    size_t next_;
 
-    const T* cotangent(int lane, int64_t column) const {
-        return grad_ + ((first_ + lane) * p_.n_times + column) * dim_;
+    const T* cotangent(int64_t sample, int64_t column) const {
+        return grad_ + (sample * p_.n_times + column) * dim_;
     }
 
-    void add_cotangent(int lane, int64_t column) {
-        const T* g = cotangent(lane, column);
+    void add_cotangent(int lane, int64_t sample, int64_t column) {
+        const T* g = cotangent(sample, column);
         for (int64_t i = 0; i < dim_; ++i) lam_[i * LANES<T> + lane] += g[i];
     }
 
-    void step(const TileRecord<T>& record, int64_t slot, std::vector<LayerSum<T>>& sums) {
-        constexpr int W = width<T>;
-        const auto [y, t, t1, outputs] = record[slot];
+    bool any_left() const {
         for (int l = 0; l < LANES<T>; ++l)
-            h_[l] = static_cast<T>((t1[l] - t[l]) * sign_[l]);
-        const bool dense = gather_outputs(record, slot, t, t1, outputs);
+            if (stay_[l]) return true;
+        return false;
+    }
+
+    // Go to the end of the next sample; of those that took no steps, to their start.
+    void enter_next(int l, const TileRecord<T>& record) {
+        for (; next_ < record.stays.size(); leave(l, *stay_[l])) {
+            const Stay& stay = record.stays[next_++];
+            stay_[l] = &stay, at_[l] = stay.end - 1;
+            sign_[l] = Times(p_, stay.sample).sign;
+            for (int64_t i = 0; i < dim_; ++i) lam_[i * LANES<T> + l] = T(0);
+            for (int64_t c = stay.first_held; c < p_.n_times; ++c)
+                add_cotangent(l, stay.sample, c);
+            if (stay.end > stay.first) return;
+        }
+        // steps of length zero from where the last one was, without a cotangent
+        stay_[l] = nullptr, t1_[l] = t_[l];
+        for (int64_t i = 0; i < dim_; ++i) lam_[i * LANES<T> + l] = T(0);
+    }
+
+    void leave(int l, const Stay& stay) {
+        for (int64_t c = 0; c < stay.first_output; ++c) add_cotangent(l, stay.sample, c);
+        for (int64_t i = 0; i < dim_; ++i)
+            grad_y0_[stay.sample * dim_ + i] = lam_[i * LANES<T> + l];
+    }
+
+    // Fetch the step that each lane goes back over.
+    void read_steps(const TileRecord<T>& record) {
+        for (int l = 0; l < LANES<T>; ++l) {
+            if (stay_[l]) {
+                const int from = stay_[l]->lane;
+                const Step<T> step = record[at_[l]];
+                t_[l] = step.t[from], t1_[l] = step.t1[from];
+                for (int64_t i = 0; i < dim_; ++i)
+                    y_[i * LANES<T> + l] = step.y[i * LANES<T> + from];
+            }
+            h_[l] = static_cast<T>((t1_[l] - t_[l]) * sign_[l]);
+        }
+    }
+
+    void step(const TileRecord<T>& record, std::vector<LayerSum<T>>& sums) {
+        constexpr int W = width<T>;
+        const bool dense = gather_outputs(record);
         const int n = dense ? rk_.n_extended : rk_.n_stages - 1;
 
         for (int i = 0; i < n; ++i) {
             T* state = states_ + i * wide_;
             const T* a = rk_.row(i);
             for (int64_t at = 0; at < size_; at += W) {
-                Vec<T> sum = load(y + at);
+                Vec<T> sum = load(y_ + at);
                 for (int j = 0; j < i; ++j) sum += load(k_ + j * size_ + at) * a[j];
                 store(state + at, sum);
             }
             if (net_.uses_time)
                 for (int l = 0; l < LANES<T>; ++l)
                     state[dim_ * LANES<T> + l] =
-                        static_cast<T>(stage_time(rk_.c[i], t[l], t1[l]) * sign_[l]);
+                        static_cast<T>(stage_time(rk_.c[i], t_[l], t1_[l]) * sign_[l]);
             T* k = k_ + i * size_;
             evaluator_.linearize(i, state, k);
             for (int64_t at = 0; at < size_; at += W)
@@ -348,29 +548,23 @@ private:
     }
 
     // The cotangents of a step's outputs, by the power of their place in it.
-    bool gather_outputs(const TileRecord<T>& record, int64_t slot, const double* t,
-                        const double* t1, const int64_t* outputs) {
+    bool gather_outputs(const TileRecord<T>& record) {
         if (p_.n_times <= 2) return false;
         bool any = false;
-        for (int l = 0; l < n_; ++l) {
-            if (slot >= record.counts[l]) continue;
-            const int64_t from = outputs[l];
-            const int64_t to = slot + 1 < record.counts[l] ? record[slot + 1].outputs[l]
-                                                           : record.first_held[l];
+        for (int l = 0; l < LANES<T>; ++l) {
+            if (!stay_[l]) continue;
+            const Stay& stay = *stay_[l];
+            const int64_t from = record[at_[l]].outputs[stay.lane];
+            const int64_t to = at_[l] + 1 < stay.end ? record[at_[l] + 1].outputs[stay.lane]
+                                                     : stay.first_held;
             if (from == to) continue;
             if (!any) std::fill(moments_, moments_ + size_ * (rk_.degree + 1), T(0));
             any = true;
-            const Times times(p_, first_ + l);
-            for (int64_t c = from; c < to; ++c) {
-                const double theta = (times[c] - t[l]) / (t1[l] - t[l]);
-                const T x = static_cast<T>(std::min(std::max(theta, 0.0), 1.0));
-                const T* g = cotangent(l, c);
-                T power = 1;
-                for (int m = 0; m <= rk_.degree; ++m, power *= x) {
-                    T* to_moment = moments_ + m * size_ + l;
-                    for (int64_t i = 0; i < dim_; ++i) to_moment[i * LANES<T>] += power * g[i];
-                }
-            }
+            const Times times(p_, stay.sample);
+            path_.clear();
+            for (int64_t c = from; c < to; ++c)
+                path_.add(place_in_step<T>(times[c], t_[l], t1_[l]), cotangent(stay.sample, c));
+            path_.put(moments_ + l);
         }
         return any;
     }
@@ -454,31 +648,47 @@ private:
     std::vector<std::vector<LayerSum<T>>> sums_;
 };
 
+// How many tiles' worth of samples go through a tile, lane after lane: the more, the
+// fewer lanes are idle at its end, and the fewer threads can share the work. It doesn't
+// depend on their number, nor do the results.
+static inline int64_t turns(int64_t tiles, bool worth_threads) {
+    if (!worth_threads) return 8;
+    return tiles < 4 ? 1 : tiles < 16 ? 2 : tiles < 64 ? 4 : 8;
+}
+
 template <class E>
 class TiledRecording final : public Recording {
     using T = typename E::Value;
 
 public:
     explicit TiledRecording(const Problem& problem)
-        : p_(problem), net_(problem.model), rk_(problem.tableau),
-          tiles_((problem.batch + LANES<T> - 1) / LANES<T>) {
-        if (problem.record) records_.resize(tiles_);
-        Watch watch(problem.interrupted);
-        run_jobs(tiles_, problem.threads, [&](std::atomic<int64_t>& next) {
-            TileSolver<E> solver(p_, net_, rk_, watch);
-            for (int64_t i = next++; i < tiles_; i = next++)
-                solver.solve(i * LANES<T>, problem.record ? &records_[i] : nullptr);
+        : p_(problem), net_(problem.model), rk_(problem.tableau) {
+        const int64_t tiles = (p_.batch + LANES<T> - 1) / LANES<T>;
+        samples_ = LANES<T> * turns(tiles, p_.worth_threads);
+        n_ = (p_.batch + samples_ - 1) / samples_;
+        if (p_.record) records_.resize(n_);
+        Watch watch(p_.interrupted);
+        Queue all(0, p_.batch);
+        run_jobs(n_, p_.threads, [&](std::atomic<int64_t>& next) {
+            E evaluator(net_, 1, false);
+            TileSolver<E> solver(p_, net_, rk_, watch, evaluator);
+            if (!p_.record) return solver.solve(all, nullptr);
+            for (int64_t i = next++; i < n_; i = next++) {
+                Queue some(i * samples_, std::min(p_.batch, (i + 1) * samples_));
+                solver.solve(some, &records_[i]);
+                records_[i].sort();
+            }
         });
     }
 
     void reverse(const ReverseProblem& problem) const override {
-        TileSums<typename E::Net> sums(net_, tiles_);
+        TileSums<typename E::Net> sums(net_, n_);
         Watch watch(problem.interrupted);
         run_jobs(sums.chunks(), problem.threads, [&](std::atomic<int64_t>& next) {
             TileReverse<E> tile(p_, net_, rk_, problem, watch);
             for (int64_t c = next++; c < sums.chunks(); c = next++)
                 sums.fill(c, [&](int64_t i, std::vector<LayerSum<T>>& sum) {
-                    tile.reverse(i * LANES<T>, records_[i], sum);
+                    tile.reverse(records_[i], sum);
                 });
         });
         net_.unfold(sums.total(), problem.layers);
@@ -494,7 +704,7 @@ private:
     Problem p_;
     typename E::Net net_;
     Coefficients<T> rk_;
-    int64_t tiles_;
+    int64_t samples_, n_;  // of a record, and the number of records
     std::vector<TileRecord<T>> records_;
 };
 

@@ -38,7 +38,7 @@ protected:
         y_ = arena_.take(size_), slope_ = arena_.take(size_), y1_ = arena_.take(wide);
         slope1_ = arena_.take(size_), state_ = arena_.take(wide);
         k_ = arena_.take(size_ * rk.n_extended);
-        h_ = arena_.take(LANES<T>);
+        h_ = arena_.take(LANES<T>), moves_ = arena_.take(LANES<T>);
     }
     ~TileStepper() = default;
 
@@ -51,7 +51,7 @@ protected:
     Watch& watch_;
     const int64_t rows_, size_;
     Arena<T> arena_;
-    T *y_, *slope_, *y1_, *slope1_, *state_, *k_, *h_;
+    T *y_, *slope_, *y1_, *slope1_, *state_, *k_, *h_, *moves_;
     bool running_[LANES<T>], accepted_[LANES<T>], started_[LANES<T>], moved_[LANES<T>];
     bool rejected_[LANES<T>];  // whether the last attempt was
     double t_[LANES<T>], t_end_[LANES<T>], floor_[LANES<T>], next_[LANES<T>];
@@ -99,18 +99,29 @@ protected:
         near_goal_[l] = goal - std::max(4 * RESOLUTION * largest, slack);
     }
 
-    // Take steps until all lanes are done or have tried often enough.
+    // Take steps until all lanes are done.
     template <class Step>
     void run(const Step& step) {
-        for (int64_t attempt = 0; any_running(); ++attempt) {
-            if (attempt == control_.max_steps) {
-                for (int l = 0; l < LANES<T>; ++l)
-                    if (running_[l]) status_[l] = Status::max_steps;
-                break;
-            }
+        while (any_running()) {
             watch_.look();
             step();
         }
+    }
+
+    // Make a lane go on as another one of a tile that has begun.
+    void take(int l, const TileStepper& from, int other) {
+        for (int64_t i = 0; i < rows_; ++i) {
+            y_[i * LANES<T> + l] = from.y_[i * LANES<T> + other];
+            slope_[i * LANES<T> + l] = from.slope_[i * LANES<T> + other];
+        }
+        running_[l] = from.running_[other], started_[l] = from.started_[other];
+        rejected_[l] = from.rejected_[other], sign_[l] = from.sign_[other];
+        t_[l] = from.t_[other], t_end_[l] = from.t_end_[other];
+        floor_[l] = from.floor_[other], next_[l] = from.next_[other];
+        goal_[l] = from.goal_[other], near_goal_[l] = from.near_goal_[other];
+        history_[l][0] = from.history_[other][0], history_[l][1] = from.history_[other][1];
+        status_[l] = from.status_[other], n_steps_[l] = from.n_steps_[other];
+        n_rejected_[l] = from.n_rejected_[other];
     }
 
     // Attempt a step, up to who may move and by which errors.
@@ -281,12 +292,12 @@ protected:
             std::swap(slope_, slope1_);
             return;
         }
-        for (int64_t i = 0; i < rows_; ++i)
-            for (int l = 0; l < LANES<T>; ++l) {
-                if (!moved[l]) continue;
-                y_[i * LANES<T> + l] = y1_[i * LANES<T> + l];
-                slope_[i * LANES<T> + l] = slope1_[i * LANES<T> + l];
-            }
+        for (int l = 0; l < LANES<T>; ++l) moves_[l] = moved[l] ? T(1) : T(0);
+        for (int64_t at = 0; at < size_; at += width<T>) {
+            const auto goes = load(moves_ + at % LANES<T>) > T(0);
+            store(y_ + at, goes ? load(y1_ + at) : load(y_ + at));
+            store(slope_ + at, goes ? load(slope1_ + at) : load(slope_ + at));
+        }
     }
 
     void choose_next(int l, double ratio, bool moved) {
@@ -320,6 +331,10 @@ protected:
             }
         }
         running_[l] = t_[l] < t_end_[l];
+        if (running_[l] && n_steps_[l] >= control.max_steps) {
+            status_[l] = Status::max_steps;
+            running_[l] = false;
+        }
     }
 
     double factor(int l, double ratio) const {
