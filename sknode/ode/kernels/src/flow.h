@@ -179,7 +179,7 @@ private:
     T *velocities_, *scores_, *slopes_, *inverse_, *shares_, *first_, *second_, *logs_;
 
     static void multiply(const Matrix<T>& m, const T* x, T* out) {
-        product(m, static_cast<const T*>(nullptr), x, out, static_cast<T*>(nullptr), Keep{});
+        product(m, NO_BIAS<T>, x, out);
     }
 
     // The shares of the components, from `logs_`.
@@ -323,7 +323,7 @@ private:
     bool is_modulated_ = false;
 
     static void multiply(const Matrix<T>& m, const T* x, T* out) {
-        product(m, static_cast<const T*>(nullptr), x, out, static_cast<T*>(nullptr), Keep{});
+        product(m, NO_BIAS<T>, x, out);
     }
 
     template <bool RECORD>
@@ -399,8 +399,7 @@ private:
             store(cosine + i, load(cosine + before) * c - load(sine + before) * s);
             store(sine + i, load(sine + before) * c + load(cosine + before) * s);
         }
-        product(net_.forward[net_.modulation()], net_.modulation_bias.data(), t, modulation_[s],
-                static_cast<T*>(nullptr), Keep{});
+        product(net_.forward[net_.modulation()], net_.modulation_bias.data(), t, modulation_[s]);
         std::copy(time, time + LANES<T>, modulated_);
         is_modulated_ = true;
     }

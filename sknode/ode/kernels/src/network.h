@@ -54,22 +54,9 @@ struct Matrix {
     }
 };
 
-struct Keep {
-    template <class V>
-    V operator()(V z) const {
-        return z;
-    }
-};
-
-template <Activation A, class T>
-struct Activate {
-    Vec<T> operator()(Vec<T> z) const { return activate<A, T>(z); }
-};
-
-// R rows of `after(matrix * x + bias)`; `argument` gets what `after` was given.
-template <int R, class T, class After>
-static inline void product_block(const T* w, const T* bias, const T* x, int64_t cols,
-                                 T* out, T* argument, After after) {
+// R rows of matrix * x + bias.
+template <int R, class T>
+static inline void product_block(const T* w, const T* bias, const T* x, int64_t cols, T* out) {
     constexpr int W = width<T>, G = GROUP<T>;
     // few rows would wait for one another: take two columns at a time
     constexpr int CHAINS = R * G < 4 ? 2 : 1;
@@ -99,37 +86,41 @@ static inline void product_block(const T* w, const T* bias, const T* x, int64_t 
                 for (int i = 0; i < G; ++i) sum[0][r][i] += sum[1][r][i];
         }
         for (int r = 0; r < R; ++r)
-            for (int i = 0; i < G; ++i) {
-                const int64_t at = r * LANES<T> + g + i * W;
-                if (argument) store(argument + at, sum[0][r][i]);
-                store(out + at, after(sum[0][r][i]));
-            }
+            for (int i = 0; i < G; ++i) store(out + r * LANES<T> + g + i * W, sum[0][r][i]);
     }
 }
 
-template <int R, class T, class After>
-static void product_rows(int64_t rows, const T* w, const T* bias, const T* x,
-                         int64_t cols, T* out, T* argument, After after) {
+template <int R, class T>
+static void product_rows(int64_t rows, const T* w, const T* bias, const T* x, int64_t cols,
+                         T* out) {
     if constexpr (R > 0) {
         if (rows == R)
-            product_block<R>(w, bias, x, cols, out, argument, after);
+            product_block<R>(w, bias, x, cols, out);
         else
-            product_rows<R - 1>(rows, w, bias, x, cols, out, argument, after);
+            product_rows<R - 1>(rows, w, bias, x, cols, out);
     }
 }
 
-// out = after(matrix * x + bias), on (rows, LANES) and (cols, LANES).
-template <class T, class After>
-static void product(const Matrix<T>& m, const T* bias, const T* x, T* out, T* argument,
-                    After after) {
+template <class T>
+constexpr const T* NO_BIAS = nullptr;
+
+// out = matrix * x + bias, on (rows, LANES) and (cols, LANES); a bias may be missing.
+template <class T>
+static void product(const Matrix<T>& m, const T* bias, const T* x, T* out) {
     for (int64_t first = 0; first < m.rows; first += m.height) {
         const int64_t rows = std::min<int64_t>(m.height, m.rows - first);
         const T* w = m.data.data() + first * m.cols;
-        T* to = out + first * LANES<T>;
-        T* keep = argument ? argument + first * LANES<T> : nullptr;
         const T* b = bias ? bias + first : nullptr;
-        product_rows<ROWS<T>>(rows, w, b, x, m.cols, to, keep, after);
+        product_rows<ROWS<T>>(rows, w, b, x, m.cols, out + first * LANES<T>);
     }
+}
+
+// out = activation of x, of `rows` rows. Apart from the products, whose sums fill all
+// registers.
+template <Activation A, class T>
+static void activate_rows(int64_t rows, const T* x, T* out) {
+    for (int64_t i = 0; i < rows * LANES<T>; i += width<T>)
+        store(out + i, activate<A, T>(load(x + i)));
 }
 
 // Turn a block of width x width values around: rows become columns.
@@ -357,7 +348,8 @@ private:
 };
 
 // The network of a solve, its weights laid out for products; the constants of the
-// activation are folded into them: a(z) = scale * kernel(factor * z) + shift.
+// activation are folded into them: a(z) = scale * kernel(factor * power * z) + shift,
+// where `slope` is the derivative of the kernel over `power`.
 template <class T>
 class Network {
 public:
@@ -373,6 +365,7 @@ public:
           activation(model.activation), layers_(model.layers) {
         const bool tanh = activation == Activation::tanh;
         factor_ = tanh ? 2 : 1, scale_ = tanh ? 2 : 1, shift_ = tanh ? -1 : 0;
+        power_ = tanh || activation == Activation::sigmoid ? T(-LOG2_E) : T(1);
         for (size_t l = 0; l < layers_.size(); ++l) add_layer(l);
     }
 
@@ -410,13 +403,15 @@ public:
 
 private:
     std::vector<Layer> layers_;
-    T factor_, scale_, shift_;
+    T factor_, scale_, shift_, power_;
 
     void add_layer(size_t l) {
         const Layer& layer = layers_[l];
         const T* weight = static_cast<const T*>(layer.weight);
         const T* b = static_cast<const T*>(layer.bias);
-        const T outer = l + 1 < layers_.size() ? factor_ : 1, inner = l > 0 ? scale_ : 1;
+        const bool activated = l + 1 < layers_.size();
+        const T outer = activated ? factor_ : 1, inner = l > 0 ? scale_ : 1;
+        const T power = activated ? power_ : 1;
         const int64_t back = l == 0 ? dim : layer.in;  // no cotangent of time
         forward.emplace_back(layer.out, layer.in);
         backward.emplace_back(back, layer.out);
@@ -426,10 +421,10 @@ private:
             for (int64_t c = 0; c < layer.in; ++c) {
                 const T w = weight[r * layer.in + c];
                 sum += w;
-                forward[l].at(r, c) = w * (outer * inner);
+                forward[l].at(r, c) = w * (outer * inner * power);
                 if (c < back) backward[l].at(c, r) = w * (outer * inner);
             }
-            bias[l][r] = ((b ? b[r] : T(0)) + (l > 0 ? shift_ * sum : T(0))) * outer;
+            bias[l][r] = ((b ? b[r] : T(0)) + (l > 0 ? shift_ * sum : T(0))) * (outer * power);
         }
     }
 };
@@ -461,12 +456,11 @@ public:
         const size_t last = net_.depth() - 1;
         for (size_t l = 0; l < last; ++l) {
             T* out = l % 2 ? pong_ : ping_;
-            product(net_.forward[l], net_.bias[l].data(), x, out, static_cast<T*>(nullptr),
-                    Activate<A, T>{});
+            product(net_.forward[l], net_.bias[l].data(), x, out);
+            activate_rows<A>(net_.out(l), out, out);
             x = out;
         }
-        product(net_.forward[last], net_.bias[last].data(), x, slope,
-                static_cast<T*>(nullptr), Keep{});
+        product(net_.forward[last], net_.bias[last].data(), x, slope);
     }
 
     // The same; keep what the reverse of this stage needs.
@@ -474,13 +468,12 @@ public:
         const size_t last = net_.depth() - 1;
         for (size_t l = 0; l < last; ++l) {
             T* out = at(values_[l], l, stage);
-            T* argument = keeps_argument<A> ? at(arguments_[l], l, stage) : nullptr;
-            product(net_.forward[l], net_.bias[l].data(), x, out, argument,
-                    Activate<A, T>{});
+            T* argument = keeps_argument<A> ? at(arguments_[l], l, stage) : out;
+            product(net_.forward[l], net_.bias[l].data(), x, argument);
+            activate_rows<A>(net_.out(l), argument, out);
             x = out;
         }
-        product(net_.forward[last], net_.bias[last].data(), x, slope,
-                static_cast<T*>(nullptr), Keep{});
+        product(net_.forward[last], net_.bias[last].data(), x, slope);
     }
 
     // out (dim, LANES) = (df/dx)^T cotangent at a stage.
@@ -488,16 +481,14 @@ public:
         const T* delta = cotangent;
         for (size_t l = net_.depth() - 1; l > 0; --l) {
             T* to = at(deltas_[l - 1], l - 1, stage);
-            product(net_.backward[l], static_cast<const T*>(nullptr), delta, to,
-                    static_cast<T*>(nullptr), Keep{});
+            product(net_.backward[l], NO_BIAS<T>, delta, to);
             const T* kept =
                 at(keeps_argument<A> ? arguments_[l - 1] : values_[l - 1], l - 1, stage);
             for (int64_t i = 0; i < net_.out(l - 1) * LANES<T>; i += width<T>)
                 store(to + i, load(to + i) * slope<A, T>(load(kept + i)));
             delta = to;
         }
-        product(net_.backward[0], static_cast<const T*>(nullptr), delta, out,
-                static_cast<T*>(nullptr), Keep{});
+        product(net_.backward[0], NO_BIAS<T>, delta, out);
     }
 
     // Add the parameter gradients of n stages: states (stages, inputs, LANES),

@@ -26,4 +26,8 @@
 #include <utility>
 #include <vector>
 
+#if defined(SKNODE_X86)
+#include <immintrin.h>
+#endif
+
 #include "problem.h"
