@@ -1,17 +1,27 @@
-"""Speed of the solver beside torchdiffeq, torchode and diffrax, at equal or less error.
+"""Speed of the solver beside torchdiffeq, torchode and diffrax, at equal error.
 
-Tanh fields of the given sizes, dopri5 at rtol = atol = 1e-5 on t in [0, 1], float32.
-Weights are torch's default initialisation times 3, y0 is standard normal. All solvers
-run in one process, in turns; a figure is the median of the rounds. The error is the
-largest deviation of a component from a float64 solution at 1e-12. Diffrax is compiled
-by jax.jit beforehand, with steps for every sample (vmap) or for the batch.
+Tanh fields of the given sizes, dopri5 on t in [0, 1], float32. Weights are torch's
+default initialisation times 3, y0 is standard normal. All solvers run in one process,
+in turns; a figure is the median of the rounds. The error is the largest deviation of a
+component from a float64 solution at 1e-12. Diffrax is compiled by jax.jit beforehand,
+with steps for every sample (vmap) or for the batch.
+
+At one tolerance, solvers end at errors up to ten times apart: they take its norm over a
+sample or over the batch, and choose steps differently. So each runs at the loosest
+rtol = atol of a grid, 10 a decade, whose error is at most a target: the error that
+torchdiffeq, the field's standard, has at 1e-5. As errors do not fall evenly with the
+tolerance, the next two tighter ones have to stay within 1.2 times the target: a lucky
+one does not count. With --at-tolerance, all run at 1e-5, whatever their errors. Errors
+are those of the solutions, gradients are not compared.
 
     python tests/benchmarks/solver.py [--rounds 15] [--device cpu] [--threads 2]
+    python tests/benchmarks/solver.py --at-tolerance
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 import warnings
@@ -26,9 +36,13 @@ from sknode.ode import solve_ode
 
 # state, hidden size (twice), batch, output times
 CASES = [(2, 32, 64, 2), (2, 64, 1024, 2), (4, 20, 1000, 100), (8, 128, 4096, 2)]
-RTOL = ATOL = 1e-5
+STANDARD = 1e-5  # the tolerance that sets the target
+TOLERANCES = [10 ** (-k / 10) for k in range(30, 71)]  # from loose to tight
+SLACK, FOLLOWERS = 1.2, 2  # of the target, for so many tighter tolerances
 CALLS = 3  # in a row
-DIFFRAX_STEPS = 64  # at most: fewer checkpoints than by default, and faster
+# At most, and doubled where they do not suffice: diffrax is faster with few checkpoints
+DIFFRAX_STEPS, DIFFRAX_MOST = 64, 4096
+OURS, BASE = "sknode, per sample", "torchdiffeq"
 
 
 def make_problem(dim, hidden, batch, n_times, device):
@@ -58,19 +72,21 @@ class Plain(nn.Module):
 
 
 def contestants(linears, y0, t):
-    """Return name -> function that solves and returns (batch, n_times, dim)."""
+    """Return name -> function of the tolerance, which returns a function that solves.
+
+    That function takes y0 and returns (batch, n_times, dim).
+    """
     field, plain = MLPField.from_linears(linears), Plain(linears)
 
     def ours(step_control, f=field):
-        def solve(y0):
-            return solve_ode(
-                f, y0, t, rtol=RTOL, atol=ATOL, step_control=step_control
-            ).y
+        def at(tol):
+            options = {"rtol": tol, "atol": tol, "step_control": step_control}
+            return lambda y0: solve_ode(f, y0, t, **options).y
 
-        return solve
+        return at
 
     found = {
-        "sknode, per sample": ours("per_sample"),
+        OURS: ours("per_sample"),
         "sknode, shared": ours("shared"),
         "sknode, any module": ours("per_sample", plain),
     }
@@ -81,11 +97,13 @@ def contestants(linears, y0, t):
     else:
 
         def through(function):
-            return lambda y0: function(
-                plain, y0, t, method="dopri5", rtol=RTOL, atol=ATOL
-            ).transpose(0, 1)
+            def at(tol):
+                options = {"method": "dopri5", "rtol": tol, "atol": tol}
+                return lambda y0: function(plain, y0, t, **options).transpose(0, 1)
 
-        found["torchdiffeq"] = through(torchdiffeq.odeint)
+            return at
+
+        found[BASE] = through(torchdiffeq.odeint)
         found["torchdiffeq, adjoint"] = through(torchdiffeq.odeint_adjoint)
     try:
         with warnings.catch_warnings():
@@ -94,22 +112,41 @@ def contestants(linears, y0, t):
     except ImportError:
         pass
     else:
-        term = torchode.ODETerm(plain)
-        method = torchode.Dopri5(term=term)
-        controller = torchode.IntegralController(ATOL, RTOL, term=term)
-        solver = torchode.AutoDiffAdjoint(method, controller)
 
-        def through_torchode(y0):
-            grid = t.expand(len(y0), -1)
-            problem = torchode.InitialValueProblem(y0=y0, t_eval=grid)
-            return solver.solve(problem).ys
+        def through_torchode(tol):
+            term = torchode.ODETerm(plain)
+            controller = torchode.IntegralController(tol, tol, term=term)
+            method = torchode.Dopri5(term=term)
+            solver = torchode.AutoDiffAdjoint(method, controller)
+
+            def solve(y0):
+                grid = t.expand(len(y0), -1)
+                problem = torchode.InitialValueProblem(y0=y0, t_eval=grid)
+                return solver.solve(problem).ys
+
+            return solve
 
         found["torchode"] = through_torchode
     return found
 
 
+def torch_jobs(linears, y0, t):
+    """Return name -> function of the tolerance, which returns functions to call.
+
+    They are the solution to compare, forward, and forward with gradient.
+    """
+
+    def jobs(make, tol):
+        solve = make(tol)
+        forward = partial(forward_only, solve, y0)
+        return forward, forward, partial(forward_backward, solve, y0, linears)
+
+    makers = contestants(linears, y0, t)
+    return {name: partial(jobs, make) for name, make in makers.items()}
+
+
 def diffrax_jobs(linears, y0, t):
-    """Return name -> (forward, forward and gradient), compiled, without arguments."""
+    """Return the same as torch_jobs, compiled once for all tolerances."""
     try:
         import diffrax
         import jax
@@ -126,7 +163,7 @@ def diffrax_jobs(linears, y0, t):
         (a, b), (c, d), (e, f) = weights
         return jnp.tanh(jnp.tanh(y @ a.T + b) @ c.T + d) @ e.T + f
 
-    def solve(weights, y0):
+    def solve(max_steps, weights, y0, tol):
         return diffrax.diffeqsolve(
             diffrax.ODETerm(field),
             diffrax.Dopri5(),
@@ -136,22 +173,57 @@ def diffrax_jobs(linears, y0, t):
             y0=y0,
             args=weights,
             saveat=diffrax.SaveAt(ts=times),
-            stepsize_controller=diffrax.PIDController(rtol=RTOL, atol=ATOL),
-            max_steps=DIFFRAX_STEPS,
+            stepsize_controller=diffrax.PIDController(rtol=tol, atol=tol),
+            max_steps=max_steps,
+            throw=False,  # times that are not reached are inf, see at()
         ).ys
 
-    jobs = {}
-    for kind in ("per sample", "shared"):
-        batched = jax.vmap(solve, (None, 0)) if kind == "per sample" else solve
-        forward = jax.jit(batched)
-        gradient = jax.jit(
-            jax.grad(lambda *x, batched=batched: (batched(*x) ** 2).sum(), (0, 1))
-        )
-        jobs[f"diffrax, {kind}"] = tuple(
-            lambda f=f: jax.block_until_ready(f(weights, start))
-            for f in (forward, gradient)
-        )
-    return jobs
+    def per_sample(max_steps, *arguments):
+        return jax.vmap(partial(solve, max_steps), (None, 0, None))(*arguments)
+
+    def compiled(batched, batch_axis):
+        def loss(*arguments):
+            return (batched(*arguments) ** 2).sum()
+
+        forward = jax.jit(batched, static_argnums=0)
+        gradient = jax.jit(jax.grad(loss, (1, 2)), static_argnums=0)
+
+        def at(tol):
+            max_steps, tol = DIFFRAX_STEPS, jnp.asarray(tol, start.dtype)
+
+            def job(function):
+                return jax.block_until_ready(function(max_steps, weights, start, tol))
+
+            def solution():
+                return torch.tensor(np.array(job(forward))).movedim(batch_axis, 0)
+
+            while not solution().isfinite().all() and max_steps < DIFFRAX_MOST:
+                max_steps *= 2
+            return solution, partial(job, forward), partial(job, gradient)
+
+        return at
+
+    return {
+        "diffrax, per sample": compiled(per_sample, 0),
+        "diffrax, shared": compiled(solve, 1),
+    }
+
+
+def loosest(error_at, target):
+    """Return the loosest tolerance that reaches the target, or None.
+
+    Those that follow it have to as well, within some slack.
+    """
+    kept = []
+    for tol in TOLERANCES:
+        error = error_at(tol)
+        if error <= (SLACK * target if kept else target):
+            kept.append(tol)
+        else:
+            kept = []
+        if len(kept) > FOLLOWERS:
+            return kept[0]
+    return None
 
 
 def forward_backward(solve, y0, linears):
@@ -163,7 +235,7 @@ def forward_backward(solve, y0, linears):
     return y0.grad
 
 
-def forward_only(solve, y0, linears):
+def forward_only(solve, y0):
     with torch.no_grad():
         return solve(y0)
 
@@ -189,65 +261,112 @@ def measure(functions, rounds, device):
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def float64_solution(linears, y0, t):
+    double = [nn.Linear(x.in_features, x.out_features).double() for x in linears]
+    for one, two in zip(double, linears, strict=True):
+        one.load_state_dict({k: v.double() for k, v in two.state_dict().items()})
+        one.to(y0.device)
+    tight = {"method": "dopri8", "rtol": 1e-12, "atol": 1e-12}
+    field = MLPField.from_linears(double)
+    with torch.no_grad():
+        return solve_ode(field, y0.double(), t.double(), **tight).y
+
+
+def run_case(case, args):
+    """Choose the tolerances of a case, time its contestants and print their table."""
+    linears, y0, t = make_problem(*case, torch.device(args.device))
+    exact = float64_solution(linears, y0, t)
+    makers = torch_jobs(linears, y0, t)
+    if args.device == "cpu":
+        makers |= diffrax_jobs(linears, y0, t)
+
+    def error_at(name, tol):
+        return (makers[name](tol)[0]() - exact).abs().max().item()
+
+    base = BASE if BASE in makers else OURS
+    tols, title = dict.fromkeys(makers, STANDARD), f"all at {STANDARD:.0e}"
+    if not args.at_tolerance:
+        target = error_at(base, STANDARD)
+        tols = {name: loosest(partial(error_at, name), target) for name in makers}
+        title = f"errors up to {target:.1e}"
+    errors = {name: error_at(name, tol) for name, tol in tols.items() if tol}
+    jobs = {name: makers[name](tols[name]) for name in errors}
+    forward = {name: job[1] for name, job in jobs.items() if "adjoint" not in name}
+    both = {name: job[2] for name, job in jobs.items()}
+    device = torch.device(args.device)
+    tables = [measure(functions, args.rounds, device) for functions in (forward, both)]
+    size = "state {}, hidden {} x 2, batch {}, {} output times".format(*case)
+    print(f"\n{size}; {title}")
+    print_table(tols, errors, *tables, base)
+    print_summary(*tables)
+
+
+def print_table(tols, errors, forward, both, base):
+    """Print a line for every contestant, with its speed as a multiple of base's."""
+    print(
+        f"{'solver':24s}{'tolerance':>10s}{'error':>10s}{'forward ms':>12s}{'x':>7s}"
+        f"{'+ gradient ms':>15s}{'x':>7s}"
+    )
+
+    def columns(table, name, width):
+        if name not in table:
+            return " " * (width + 7)
+        ratio = table.get(base, math.nan) / table[name]
+        return f"{table[name]:{width}.2f}{ratio:7.2f}"
+
+    for name, tol in tols.items():
+        if tol is None:
+            print(f"{name:24s} not at any tolerance down to {TOLERANCES[-1]:.0e}")
+        else:
+            print(
+                f"{name:24s}{tol:10.1e}{errors[name]:10.1e}"
+                + columns(forward, name, 12)
+                + columns(both, name, 15)
+            )
+
+
+def print_summary(forward, both):
+    """Print the fastest peers, ours and torchdiffeq, and how much faster ours is."""
+    if OURS not in both:
+        print(f"{OURS}: does not reach the target")
+        return
+    tables = (forward, both)
+    peers = [[n for n in table if "sknode" not in n] for table in tables]
+    if not all(peers):
+        return
+    one, two = map(lambda names, table: min(names, key=table.get), peers, tables)
+
+    def faster(x, y):
+        return f"{x / forward[OURS]:.2f} and {y / both[OURS]:.2f} times faster"
+
+    line = (
+        f"fastest peer: forward {forward[one]:.2f} ms ({one}), "
+        f"with gradient {both[two]:.2f} ms ({two}); "
+        f"ours: {forward[OURS]:.2f} ms, {both[OURS]:.2f} ms: "
+        + faster(forward[one], both[two])
+    )
+    if BASE in forward:
+        x, y = forward[BASE], both[BASE]
+        line += f"; {BASE}: {x:.2f} ms, {y:.2f} ms: {faster(x, y)}"
+    print(line)
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--at-tolerance", action="store_true")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {device}")
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.device}"
+    )
     for case in CASES:
-        linears, y0, t = make_problem(*case, device)
-        double = [nn.Linear(x.in_features, x.out_features).double() for x in linears]
-        for one, two in zip(double, linears, strict=True):
-            one.load_state_dict({k: v.double() for k, v in two.state_dict().items()})
-            one.to(device)
-        with torch.no_grad():
-            exact = solve_ode(
-                MLPField.from_linears(double),
-                y0.double(),
-                t.double(),
-                method="dopri8",
-                rtol=1e-12,
-                atol=1e-12,
-            ).y
-        solvers = contestants(linears, y0, t)
-        error = {
-            name: (forward_only(solve, y0, linears) - exact).abs().max().item()
-            for name, solve in solvers.items()
-        }
-        others = diffrax_jobs(linears, y0, t) if device.type == "cpu" else {}
-        for name, (forward, _) in others.items():
-            found = torch.tensor(np.array(forward()))
-            if "shared" in name:
-                found = found.transpose(0, 1)
-            error[name] = (found - exact).abs().max().item()
-        tables = []
-        for k, function in enumerate((forward_only, forward_backward)):
-            jobs = {
-                name: partial(function, solve, y0, linears)
-                for name, solve in solvers.items()
-                if not (function is forward_only and "adjoint" in name)
-            }
-            jobs |= {name: both[k] for name, both in others.items()}
-            tables.append(measure(jobs, args.rounds, device))
-        forward, both = tables
-        print("\nstate {}, hidden {} x 2, batch {}, {} output times".format(*case))
-        print(
-            f"{'solver':24s}{'error':>10s}{'forward ms':>12s}{'x':>7s}"
-            f"{'+ gradient ms':>15s}{'x':>7s}"
-        )
-        base = "torchdiffeq" if "torchdiffeq" in solvers else next(iter(solvers))
-        for name in error:
-            one, two = forward.get(name), both[name]
-            first = "" if one is None else f"{one:12.2f}{forward[base] / one:7.2f}"
-            print(
-                f"{name:24s}{error[name]:10.1e}{first:>19s}"
-                f"{two:15.2f}{both[base] / two:7.2f}"
-            )
+        run_case(case, args)
 
 
 if __name__ == "__main__":
