@@ -115,12 +115,27 @@ static void product(const Matrix<T>& m, const T* bias, const T* x, T* out) {
     }
 }
 
+// out = activation of x, of N registers.
+template <Activation A, int N, class T>
+static inline void activate_registers(const T* x, T* out) {
+    Vec<T> z[N];
+    for (int k = 0; k < N; ++k) z[k] = load(x + k * width<T>);
+    if constexpr (A == Activation::sigmoid || A == Activation::tanh)
+        logistic_of_power<T, N>(z, z);
+    else
+        for (int k = 0; k < N; ++k) z[k] = activate<A, T>(z[k]);
+    for (int k = 0; k < N; ++k) store(out + k * width<T>, z[k]);
+}
+
 // out = activation of x, of `rows` rows. Apart from the products, whose sums fill all
 // registers.
 template <Activation A, class T>
 static void activate_rows(int64_t rows, const T* x, T* out) {
-    for (int64_t i = 0; i < rows * LANES<T>; i += width<T>)
-        store(out + i, activate<A, T>(load(x + i)));
+    constexpr int N = 4;
+    const int64_t n = rows * LANES<T>;
+    int64_t i = 0;
+    for (; i + N * width<T> <= n; i += N * width<T>) activate_registers<A, N>(x + i, out + i);
+    for (; i < n; i += width<T>) activate_registers<A, 1>(x + i, out + i);
 }
 
 // Turn a block of width x width values around: rows become columns.

@@ -123,7 +123,7 @@ SKNODE_INLINE Vec<T> exponential_minus_one(Vec<T> x) {
 // 1 / x for normal numbers whose inverse is one. What is not a number stays so.
 template <class T>
 SKNODE_INLINE Vec<T> reciprocal(Vec<T> x) {
-#if defined(SKNODE_X86) && SKNODE_VECTOR_BYTES == 64
+#if SKNODE_VECTOR_BYTES == 64
     // a guess of 14 bits and a step of Newton's: a third of the time of a division
     if constexpr (sizeof(T) == 4) {
         const Vec<T> guess = _mm512_rcp14_ps(x);
@@ -133,51 +133,80 @@ SKNODE_INLINE Vec<T> reciprocal(Vec<T> x) {
     return T(1) / x;
 }
 
-// 1 / (1 + 2^u): arguments that are made for it need no reduction by multiples of log(2).
-// The polynomials are (2^r - 1) / r at the Chebyshev nodes of |r| <= 1/2.
-SKNODE_INLINE Vec<float> logistic_of_power(Vec<float> u) {
-    const auto lo = broadcast<float>(-126.0f), hi = broadcast<float>(126.0f);
-    u = u < lo ? lo : u;
-    u = u > hi ? hi : u;
-    const float magic = 12582912.0f;
-    const Vec<float> shifted = u + magic, r = u - (shifted - magic);
-    Vec<float> p = r * 1.545316295e-4f + 1.339086336e-3f;
-    p = p * r + 9.618082557e-3f;
-    p = p * r + 5.550357114e-2f;
-    p = p * r + 2.402265076e-1f;
-    p = p * r + 6.931471880e-1f;
-    p = p * r + 1.0f;
-    const auto bits = (reinterpret_cast<const Simd<float>::I&>(shifted) << 23) + (127u << 23);
-    return reciprocal<float>(p * reinterpret_cast<const Vec<float>&>(bits) + 1.0f);
+// Between two bounds. What is not a number stays so.
+template <class T>
+SKNODE_INLINE Vec<T> clamp(Vec<T> x, T low, T high) {
+    const auto lo = broadcast<T>(low), hi = broadcast<T>(high);
+#if SKNODE_VECTOR_BYTES == 64
+    // of two operands, these instructions return the second one if one is not a number
+    if constexpr (sizeof(T) == 4)
+        return _mm512_min_ps(hi, _mm512_max_ps(lo, x));
+    else
+        return _mm512_min_pd(hi, _mm512_max_pd(lo, x));
+#endif
+    x = x < lo ? lo : x;
+    return x > hi ? hi : x;
 }
 
-SKNODE_INLINE Vec<double> logistic_of_power(Vec<double> u) {
-    const auto lo = broadcast<double>(-1022.0), hi = broadcast<double>(1022.0);
-    u = u < lo ? lo : u;
-    u = u > hi ? hi : u;
-    const double magic = 6755399441055744.0;
-    const Vec<double> shifted = u + magic, r = u - (shifted - magic);
-    Vec<double> p = r * 4.45496059818651839e-10 + 7.0725859692492237e-9;
-    p = p * r + 1.01780624458457735e-7;
-    p = p * r + 1.32154425879216897e-6;
-    p = p * r + 0.0000152527338298361184;
-    p = p * r + 0.000154035304417360502;
-    p = p * r + 0.00133335581464169353;
-    p = p * r + 0.00961812910760688853;
-    p = p * r + 0.0555041086648215943;
-    p = p * r + 0.240226506959100982;
-    p = p * r + 0.693147180559945309;
-    p = p * r + 1.0;
-    const auto bits = (reinterpret_cast<const Simd<double>::I&>(shifted) << 52) +
-                      (static_cast<uint64_t>(1023) << 52);
-    return reciprocal<double>(p * reinterpret_cast<const Vec<double>&>(bits) + 1.0);
+// 2^u = 2^n * p(u - n), n an integer: p - 1 is r times the polynomial in these
+// coefficients, the highest first, through the Chebyshev nodes of |r| <= 1/2.
+template <class T>
+struct PowerOfTwo;
+
+template <>
+struct PowerOfTwo<float> {
+    static constexpr float bound = 126, magic = 12582912.0f;  // 1.5 * 2^23
+    static constexpr int mantissa = 23;
+    static constexpr uint32_t bias = 127;
+    static constexpr float coefficients[] = {1.545316295e-4f, 1.339086336e-3f, 9.618082557e-3f,
+                                             5.550357114e-2f, 2.402265076e-1f, 6.931471880e-1f};
+};
+
+template <>
+struct PowerOfTwo<double> {
+    static constexpr double bound = 1022, magic = 6755399441055744.0;  // 1.5 * 2^52
+    static constexpr int mantissa = 52;
+    static constexpr uint64_t bias = 1023;
+    static constexpr double coefficients[] = {
+        4.45496059818651839e-10, 7.0725859692492237e-9,   1.01780624458457735e-7,
+        1.32154425879216897e-6,  1.52527338298361184e-5,  1.54035304417360502e-4,
+        1.33335581464169353e-3,  9.61812910760688853e-3,  5.55041086648215943e-2,
+        2.40226506959100982e-1,  6.93147180559945309e-1};
+};
+
+// 1 / (1 + 2^u): arguments that are made for it need no reduction by multiples of log(2).
+// N registers at once: one alone would wait for each of its operations.
+template <class T, int N>
+SKNODE_INLINE void logistic_of_power(const Vec<T>* u, Vec<T>* out) {
+    using P = PowerOfTwo<T>;
+    Vec<T> r[N], scale[N], p[N];
+    for (int i = 0; i < N; ++i) {
+        const Vec<T> x = clamp<T>(u[i], -P::bound, P::bound), shifted = x + P::magic;
+        r[i] = x - (shifted - P::magic);
+        const auto bits = (reinterpret_cast<const typename Simd<T>::I&>(shifted) << P::mantissa) +
+                          (P::bias << P::mantissa);
+        scale[i] = reinterpret_cast<const Vec<T>&>(bits);
+        p[i] = broadcast<T>(P::coefficients[0]);
+    }
+    for (size_t k = 1; k < std::size(P::coefficients); ++k)
+        for (int i = 0; i < N; ++i) p[i] = p[i] * r[i] + P::coefficients[k];
+    for (int i = 0; i < N; ++i) p[i] = p[i] * r[i] + T(1);
+    for (int i = 0; i < N; ++i) p[i] = p[i] * scale[i] + T(1);
+    for (int i = 0; i < N; ++i) out[i] = reciprocal<T>(p[i]);
+}
+
+template <class T>
+SKNODE_INLINE Vec<T> logistic_of_power(Vec<T> u) {
+    Vec<T> out;
+    logistic_of_power<T, 1>(&u, &out);
+    return out;
 }
 
 constexpr double LOG2_E = 1.44269504088896340736;
 
 template <class T>
 SKNODE_INLINE Vec<T> logistic(Vec<T> x) {
-    return logistic_of_power(x * T(-LOG2_E));
+    return logistic_of_power<T>(x * T(-LOG2_E));
 }
 
 // log(1 + u) for u in [0, 1], by the series of the inverse hyperbolic tangent.
@@ -215,7 +244,7 @@ constexpr bool keeps_argument = A == Activation::softplus || A == Activation::si
 template <Activation A, class T>
 SKNODE_INLINE Vec<T> activate(Vec<T> z) {
     if constexpr (A == Activation::sigmoid || A == Activation::tanh) {
-        return logistic_of_power(z);  // the rest is in the weights
+        return logistic_of_power<T>(z);  // the rest is in the weights
     } else if constexpr (A == Activation::softplus) {
         Vec<T> u = exponential<T>(z < 0 ? z : -z);
         return z > T(20) ? z : (z < 0 ? Vec<T>{} : z) + log_one_plus<T>(u);
