@@ -239,12 +239,9 @@ class MLPClosedForm:
         self.field = field
         self.activation: Activation = get_activation(field.activation)
         self.uses_time = field.time_dependent
-        self.parameters = [
-            p for layer in field.layers for p in (layer.weight, layer.bias)
-        ]
-        self.parameters = [p for p in self.parameters if p is not None]
         layers = [(layer.weight, layer.bias) for layer in field.layers]
         self.network = Perceptron(layers, field.activation, self.uses_time)
+        self.parameters = self.network.parameters
         self.dtype = self.network.dtype
         self._scratch: dict[int, list[Tensor]] = {}
         self._kept: dict[int, _Stages] = {}

@@ -15,8 +15,10 @@ Time runs upwards inside the loop, whatever the direction of the interval: ``t``
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -105,7 +107,7 @@ class Options:
     make_stepper: Callable[[Any, Options], Stepper] | None = None
     loop: Callable[..., Trace] | None = None  # to be used instead of `integrate`
 
-    @property
+    @cached_property
     def plain(self) -> bool:
         """Whether there is nothing here that a kernel does not know."""
         return (
@@ -189,6 +191,8 @@ class Grid:
 
 def check_order(t: np.ndarray) -> np.ndarray:
     """Raise unless times are finite and in order, row by row."""
+    if t.shape == (2,) and math.isfinite(t[0]) and math.isfinite(t[1]):
+        return t  # the usual case
     if not np.isfinite(t).all():
         raise ValueError("t must be finite.")
     change = np.diff(t)

@@ -101,12 +101,13 @@ class Solution:
     t_reached: Tensor
     events: tuple[Occurrences, ...] = ()
     _resolve: Callable[[Tensor], Solution] | None = field(default=None, repr=False)
+    _all_done: bool | None = field(default=None, repr=False)  # None: look at statuses
 
     @property
     def success(self) -> bool:
         """Whether all samples reached the end of the interval or a terminal event."""
-        if not self.status.any():  # the usual case, in one operation
-            return True
+        if self._all_done is not None:
+            return self._all_done
         done = (self.status == Status.SUCCESS) | (self.status == Status.EVENT)
         return bool(done.all())
 

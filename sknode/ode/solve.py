@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from numbers import Real
 
 import numpy as np
@@ -209,16 +209,17 @@ def solve(
     _check_choice("step_control", step_control, STEP_CONTROLS)
     _check_choice("gradient", gradient, GRADIENTS)
     _check_state(y0)
-    options = _make_options(y0.dtype, **settings)
+    options = _options(y0.dtype, **settings)
     known = get_method(settings.get("method", "dopri5"))
     backward = None
     if gradient == "continuous":
         backward = options
         if adjoint or known.backward:
             other = {"method": known.backward} if known.backward else {}
-            backward = _make_options(y0.dtype, **settings | other | (adjoint or {}))
+            backward = _options(y0.dtype, **settings | other | (adjoint or {}))
     shared = step_control == "shared"
-    batch, state = len(y0), y0.shape[1:]
+    batch, *_ = shape = y0.shape
+    state = shape[1:]
     times = _check_times(t, batch, shared)
     settings |= {"step_control": step_control, "gradient": gradient}
     settings |= {"adjoint": adjoint}
@@ -248,7 +249,7 @@ def solve(
         field.parameters = field.network.parameters
     needs_grad = torch.is_grad_enabled()
     if needs_grad and field.probed and not run.fused:
-        start = times.detach()[..., :1].expand(len(flat), 1)
+        start = times.detach()[..., :1].expand(flat.shape[0], 1)
         start = start.to(flat.device, real_dtype(flat.dtype))
         if options.open_steps:
             towards = times.detach()[..., -1:].to(start).expand_as(start)
@@ -274,18 +275,20 @@ def solve(
         y = y.view(batch, n_times, *state)
     trace = run.trace
 
-    stats = _statistics(trace, options)
     # moved to the device together
-    counts = torch.from_numpy(np.array([trace.status, *stats.values()], dtype=np.int64))
-    t_reached = torch.from_numpy(trace.t_reached.astype("f8"))
-    status, *counts = counts.to(y0.device).expand(-1, batch)
+    counts = torch.from_numpy(_statistics(trace, options)).to(y0.device)
+    t_reached = torch.from_numpy(trace.t_reached.astype("f8")).to(y0.device)
+    if shared:
+        counts, t_reached = counts.expand(-1, batch), t_reached.expand(batch)
+    status, *counts = counts.unbind()
     return Solution(
         t=times,
         y=y,
         status=status,
-        stats=dict(zip(stats, counts, strict=True)),
-        t_reached=t_reached.to(y0.device).expand(batch),
+        stats=dict(zip(STATISTICS, counts, strict=True)),
+        t_reached=t_reached,
         _resolve=again,
+        _all_done=not trace.status.any() or None,
     )
 
 
@@ -302,15 +305,16 @@ def _empty_solution(y0: Tensor, times: Tensor, resolve) -> Solution:
     )
 
 
-def _statistics(trace: Trace, options: Options) -> dict[str, np.ndarray]:
-    """Count steps and evaluations, exactly: those that the sample itself needed."""
-    chosen = options.step_size is None and options.first_step is None
-    evaluations = trace.n_evaluations
+def _statistics(trace: Trace, options: Options) -> np.ndarray:
+    """Return the status and the `STATISTICS` of every lane, those that it needed."""
+    counts = np.empty((1 + len(STATISTICS), len(trace.status)), np.int64)
+    counts[0], counts[1], counts[3] = trace.status, trace.n_steps, trace.n_rejected
+    np.subtract(counts[1], counts[3], out=counts[2])
+    counts[4] = trace.n_evaluations
     if options.loop is None:
-        evaluations = evaluations + trace.moving * (1 + chosen)
-    accepted = trace.n_steps - trace.n_rejected
-    counts = (trace.n_steps, accepted, trace.n_rejected, evaluations)
-    return dict(zip(STATISTICS, counts, strict=True))
+        chosen = options.step_size is None and options.first_step is None
+        counts[4] += trace.moving * np.int64(1 + chosen)
+    return counts
 
 
 def _check_choice(name, value, choices):
@@ -360,6 +364,24 @@ def _check_times(t, batch: int, shared: bool) -> Tensor:
     return t.to(torch.float64)
 
 
+def _options(dtype: torch.dtype, **settings) -> Options:
+    """Check the numerical settings, those that were seen before only once."""
+    rtol = settings.get("rtol")
+    # rounding in a step is a few units in the last place: below this there is
+    # nothing to control
+    least = 4 * torch.finfo(dtype).eps
+    if isinstance(rtol, Real) and 0 < rtol < least:
+        warnings.warn(
+            f"rtol={rtol:g} is below what {dtype} can carry; using {least:.2g}.",
+            SolverWarning,
+            stacklevel=4,
+        )
+        settings["rtol"] = least
+    if all(x is None or isinstance(x, str | int | float) for x in settings.values()):
+        return _options_seen_before(dtype, **settings)
+    return _make_options(dtype, **settings)
+
+
 def _make_options(
     dtype: torch.dtype,
     *,
@@ -397,16 +419,6 @@ def _make_options(
         raise TypeError(
             f"method {method!r} does not take complex states: y0 must be real."
         )
-    # rounding in a step is a few units in the last place: below this there is
-    # nothing to control
-    least = 4 * torch.finfo(dtype).eps
-    if not isinstance(rtol, Tensor) and 0 < rtol < least:
-        warnings.warn(
-            f"rtol={rtol:g} is below what {dtype} can carry; using {least:.2g}.",
-            SolverWarning,
-            stacklevel=4,
-        )
-        rtol = least
     return Options(
         tableau=known.tableau,
         rtol=rtol if isinstance(rtol, Tensor) else float(rtol),
@@ -420,6 +432,10 @@ def _make_options(
         make_stepper=known.make_stepper,
         **({"loop": known.loop} | further),
     )
+
+
+# typed: True is no number of steps
+_options_seen_before = lru_cache(maxsize=64, typed=True)(_make_options)
 
 
 def _check_tolerances(rtol, atol) -> None:

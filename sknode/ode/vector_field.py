@@ -62,7 +62,7 @@ class Perceptron:
         """List all tensors with the shapes by which they fit states of size ``dim``."""
         n_in = dim + self.uses_time
         for i, (weight, bias) in enumerate(self.layers):
-            n_out = dim if i == len(self.layers) - 1 else len(weight)
+            n_out = dim if i == len(self.layers) - 1 else weight.shape[0]
             yield weight, (n_out, n_in)
             if bias is not None:
                 yield bias, (n_out,)
@@ -498,10 +498,10 @@ class FieldView:
 
 def has_hooks(module: torch.nn.Module) -> bool:
     """Return whether someone wants to be called with a module or a part of it."""
-    return any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks
-        for m in module.modules()
-    )
+    # not by `modules`, which takes care of modules that occur twice
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    ) or any(has_hooks(m) for m in module._modules.values() if m is not None)
 
 
 def bind(

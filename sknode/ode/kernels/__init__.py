@@ -59,6 +59,9 @@ ACTIVATIONS = {
     for code, name in enumerate(("sigmoid", "tanh", "softplus", "silu", "elu", "relu"))
 }
 
+# Kinds of tensors that are nothing but their values.
+PLAIN = (nn.Parameter, Tensor)
+
 # Products of samples and parameters below which a second thread costs more than it
 # brings.
 THREAD_WORK = 100_000
@@ -178,13 +181,13 @@ def _plain_network(network: Network, y0: Tensor) -> bool:
     What is not (a layer moved to another device or dtype, or given another shape)
     torch can handle or refuse.
     """
-    expected = (y0.dtype, torch.device("cpu"), torch.strided)
+    dtype, layout = y0.dtype, torch.strided
     for tensor, shape in network.tensors(y0.shape[1]):
-        if (tensor.dtype, tensor.device, tensor.layout) != expected:
+        if tensor.dtype is not dtype or tensor.layout is not layout:
             return False
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.shape != shape:
+        if not tensor.is_cpu or type(tensor) not in PLAIN or tensor.shape != shape:
             return False
-    return y0.device.type == "cpu"
+    return y0.is_cpu
 
 
 @cache
@@ -240,7 +243,7 @@ def solve(
     Trace
         Its ``records`` are `Recorded`.
     """
-    batch, n_times = len(y0), times.shape[-1]
+    batch, n_times = y0.shape[0], times.shape[-1]
     y0 = _plain(y0)
     y = torch.empty(batch, n_times, y0.shape[1], dtype=y0.dtype)
     call = _Call(network, y, times, options)
@@ -254,8 +257,8 @@ class _Call:
     def __init__(self, network: Network, y: Tensor, times, options: Options):
         self.network, self.y, self.options = network, y, options
         self.times = np.ascontiguousarray(times)
-        self.counts = np.zeros((5, len(y)), np.int64)
-        self.t_reached = np.zeros(len(y))
+        self.counts = np.zeros((5, y.shape[0]), np.int64)
+        self.t_reached = np.zeros(y.shape[0])
         self.layers = [
             (_plain(w), None if b is None else _plain(b)) for w, b in network.layers
         ]
@@ -313,7 +316,7 @@ class _Call:
             n_dense=n_dense,
             next_output=next_output,
             t_reached=self.t_reached,
-            moving=np.broadcast_to(times[..., -1] != times[..., 0], len(self.y)),
+            moving=np.full(self.y.shape[0], times[..., -1] != times[..., 0]),
             records=records,
         )
         trace.n_evaluations = count_evaluations(self.options.tableau, trace)
@@ -419,6 +422,8 @@ def _addresses(layers) -> tuple:
 
 def _plain(x: Tensor) -> Tensor:
     """Return the values as they have to lie in memory: in order, signs included."""
+    if x.is_contiguous() and not x.is_neg():
+        return x
     return x.detach().contiguous().resolve_neg()
 
 
