@@ -9,10 +9,11 @@ import sys
 from setuptools import Extension, setup
 
 SOURCES = "sknode/ode/kernels/src"
-UNITS = ("module", "baseline", "avx2", "avx512")
+UNITS = ("module", "threads", "baseline", "avx2", "avx512")
 HEADERS = (
     "standard",
     "problem",
+    "threads",
     "simd",
     "network",
     "flow",
@@ -37,7 +38,7 @@ kernels = Extension(
         "-Wno-psabi",
         "-pthread",
     ],
-    extra_link_args=["-pthread"],
+    extra_link_args=["-pthread", *(["-ldl"] if sys.platform == "linux" else [])],
     py_limited_api=True,
     # without a compiler that can do this, the installation goes on and torch serves
     optional=True,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import multiprocessing
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -34,6 +35,10 @@ except ImportError as error:
     _native = None
     if not isinstance(error, ModuleNotFoundError):  # built, but not for this system
         why_not = str(error)
+
+# In a child, which fork may have made, torch's threads may be gone.
+if _native is not None and multiprocessing.parent_process() is None:
+    _native.share_threads()
 
 __all__ = [
     "Recorded",

@@ -117,6 +117,23 @@ def test_threads_change_no_bit(
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("thread_work", [0, 10**12])
+@pytest.mark.parametrize("max_steps", [9, 1000])
+def test_lanes_go_on_with_further_samples(
+    thread_work, max_steps, make_field, make_states, compare, monkeypatch
+):
+    # some samples take no step, some many, some fail, in no order
+    monkeypatch.setattr(kernels, "THREAD_WORK", thread_work)
+    batch = 400
+    length = 6 * torch.rand(batch, 1, generator=torch.Generator().manual_seed(0)) ** 4
+    length[::7] = 0
+    length[::11] *= -1
+    t = length.double() * torch.tensor([0, 0.3, 0.3, 0.8, 1], dtype=torch.float64)
+    field, y0 = make_field(3, (9,), time=True), make_states(batch, 3)
+    # where a sample gives up, rounding in its error estimates shows
+    compare(field, y0, t, max_steps=max_steps, within=1e-7)
+
+
 def test_wide_layers_share_their_memory(make_field, make_states, compare):
     # gradients are summed up in parts, fewer of them where a part is large
     field = make_field(2, (1500, 1500), "relu", gain=1)

@@ -293,11 +293,14 @@ PyObject* list_instruction_sets(PyObject*, PyObject*) {
     return result;
 }
 
+PyObject* share(PyObject*, PyObject*) { return PyBool_FromLong(share_threads()); }
+
 PyMethodDef methods[] = {
     {"solve", solve, METH_VARARGS, "Solve a batch; return its recording or None."},
     {"reverse", reverse, METH_VARARGS, "Go back over the steps of a recording."},
     {"adjoint", adjoint, METH_VARARGS, "Solve states and cotangents backwards."},
     {"recorded_bytes", recorded_bytes, METH_O, "The memory that recorded steps take."},
+    {"share_threads", share, METH_NOARGS, "Use torch's threads; return whether it can be."},
     {"instruction_sets", list_instruction_sets, METH_NOARGS,
      "List (name, available), the fastest first."},
     {nullptr, nullptr, 0, nullptr},

@@ -570,9 +570,8 @@ private:
     }
 };
 
-// Run `count` jobs on some threads; which thread has which does not matter to them.
-// Threads live for one call: nothing waits in between, and a fork finds none. What one
-// throws ends all and is thrown on.
+// Run `count` jobs on some threads; which thread has which does not matter to them. What
+// one throws ends all and is thrown on.
 template <class Worker>
 static void run_jobs(int64_t count, int threads, const Worker& worker) {
     std::atomic<int64_t> next{0};
@@ -586,18 +585,10 @@ static void run_jobs(int64_t count, int threads, const Worker& worker) {
             if (!failed.test_and_set()) failure = std::current_exception();
         }
     };
-    threads = static_cast<int>(std::min<int64_t>(threads, count));
-    std::vector<std::thread> others;
-    others.reserve(std::max(threads - 1, 0));
-    for (int i = 1; i < threads; ++i) {
-        try {
-            others.emplace_back(work);
-        } catch (const std::exception&) {
-            break;  // fewer threads then
-        }
-    }
-    work();
-    for (std::thread& thread : others) thread.join();
+    using Work = decltype(work);
+    void* data = const_cast<void*>(static_cast<const void*>(&work));
+    const auto call = [](void* given) { (*static_cast<Work*>(given))(); };
+    run_on_threads(static_cast<int>(std::min<int64_t>(threads, count)), call, data);
     if (failure) std::rethrow_exception(failure);
 }
 

@@ -22,7 +22,6 @@
 #include <new>
 #include <stdexcept>
 #include <string>
-#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -32,3 +31,4 @@
 #endif
 
 #include "problem.h"
+#include "threads.h"

@@ -1,0 +1,59 @@
+// Threads for the kernels.
+#include "threads.h"
+
+#include <exception>
+#include <thread>
+#include <vector>
+
+#if defined(__linux__)
+#include <dlfcn.h>
+#include <unistd.h>
+#endif
+
+namespace sknode {
+namespace {
+
+#if defined(__linux__)
+// The entry point of GNU's OpenMP for a parallel region; LLVM's has it, too.
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+Parallel parallel = nullptr;
+pid_t owner = 0;
+#endif
+
+}  // namespace
+
+bool share_threads() {
+#if defined(__linux__)
+    // only what is loaded already: another team would be no help
+    void* library = dlopen("libgomp.so.1", RTLD_LAZY | RTLD_NOLOAD);
+    void* symbol = dlsym(library ? library : RTLD_DEFAULT, "GOMP_parallel");
+    parallel = reinterpret_cast<Parallel>(symbol);
+    owner = getpid();
+    return parallel != nullptr;
+#else
+    return false;
+#endif
+}
+
+void run_on_threads(int threads, void (*work)(void*), void* data) {
+    if (threads <= 1) return work(data);
+#if defined(__linux__)
+    // a child made by fork has none of the team's threads, and would wait for them
+    if (parallel && getpid() == owner)
+        return parallel(work, data, static_cast<unsigned>(threads), 0);
+#endif
+    std::vector<std::thread> others;
+    others.reserve(threads - 1);
+    for (int i = 1; i < threads; ++i) {
+        try {
+            others.emplace_back(work, data);
+        } catch (const std::exception&) {
+            break;  // fewer threads then
+        }
+    }
+    work(data);
+    for (std::thread& thread : others) thread.join();
+}
+
+}  // namespace sknode
