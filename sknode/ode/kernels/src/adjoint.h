@@ -142,7 +142,7 @@ private:
     }
 
     void step(std::vector<LayerSum<T>>& sums) {
-        double ratio[LANES<T>];
+        alignas(64) double ratio[LANES<T>];
         this->attempt(ratio);
         bool any = false;
         for (int l = 0; l < LANES<T>; ++l) any = any || moved_[l];

@@ -92,12 +92,6 @@ struct Times {
     double operator[](int64_t i) const { return values[i] * sign; }
 };
 
-// Where in a step a time is, from 0 to 1.
-template <class T>
-static inline T place_in_step(double at, double t, double t1) {
-    return static_cast<T>(std::min(std::max((at - t) / (t1 - t), 0.0), 1.0));
-}
-
 // The polynomial of one lane in a step: coefficients of every power, the components side
 // by side as outputs have them. Backwards it takes up what outputs ask of each power.
 template <class T>
@@ -105,8 +99,20 @@ class LanePolynomial {
     typedef T Four __attribute__((vector_size(4 * sizeof(T)), may_alias));
 
 public:
-    LanePolynomial(int64_t rows, int degree) : rows_(rows), degree_(degree), n_((rows + 3) / 4) {
+    LanePolynomial(int64_t rows, int degree, int64_t n_times)
+        : rows_(rows), degree_(degree), n_((rows + 3) / 4) {
         coefficients_ = arena_.take(4 * n_ * (degree + 1));
+        places_ = arena_.take(n_times);
+    }
+
+    // Set where in the step its outputs are, of times from `first` on up to `end`.
+    void place(const Times& times, int64_t first, int64_t end, double t, double t1) {
+        count_ = end - first;
+        const double per_length = 1 / (t1 - t);
+        for (int64_t k = 0; k < count_; ++k) {
+            const double theta = (times[first + k] - t) * per_length;
+            places_[k] = static_cast<T>(std::min(std::max(theta, 0.0), 1.0));
+        }
     }
 
     // From a lane of (rows, LANES) for power 0, and of (degree, rows, LANES) for others.
@@ -117,33 +123,17 @@ public:
         }
     }
 
-    // Evaluate it; `to` has a value for every component.
-    void write(T x, T* to) const {
-        for (int64_t i = 0; i < n_; ++i) {
-            Four value = four(degree_, i);
-            for (int m = degree_ - 1; m >= 0; --m) value = value * x + four(m, i);
-            if (4 * i + 4 <= rows_)
-                std::memcpy(to + 4 * i, &value, sizeof(value));
-            else
-                std::memcpy(to + 4 * i, &value, (rows_ - 4 * i) * sizeof(T));
-        }
+    // Evaluate it for all outputs, (outputs, rows).
+    void write(T* to) const {
+        with_degree<2>([&](auto degree) { write_with<decltype(degree)::value>(to); });
     }
 
-    void clear() { std::fill(at(0), at(degree_ + 1), T(0)); }
-
-    // Add a cotangent of its value.
-    void add(T x, const T* cotangent) {
-        for (int64_t i = 0; i < n_; ++i) {
-            Four g{};
-            if (4 * i + 4 <= rows_)
-                std::memcpy(&g, cotangent + 4 * i, sizeof(g));
-            else
-                std::memcpy(&g, cotangent + 4 * i, (rows_ - 4 * i) * sizeof(T));
-            for (int m = 0; m <= degree_; ++m, g *= x) four(m, i) += g;
-        }
+    // Set it to the sums of cotangents of the outputs (outputs, rows) times each power.
+    void gather(const T* cotangents) {
+        with_degree<2>([&](auto degree) { gather_with<decltype(degree)::value>(cotangents); });
     }
 
-    // Put what was added into a lane of (degree + 1, rows, LANES).
+    // Put it into a lane of (degree + 1, rows, LANES).
     void put(T* moments) const {
         for (int m = 0; m <= degree_; ++m)
             for (int64_t i = 0; i < rows_; ++i)
@@ -151,14 +141,63 @@ public:
     }
 
 private:
+    static constexpr int MOST = 7;  // the highest degree of all methods
     const int64_t rows_;
     const int degree_;
     const int64_t n_;
+    int64_t count_ = 0;
     Arena<T> arena_;
-    T* coefficients_;
+    T *coefficients_, *places_;
 
     T* at(int m) const { return coefficients_ + 4 * n_ * m; }
     Four& four(int m, int64_t i) const { return reinterpret_cast<Four*>(at(m))[i]; }
+    int64_t bytes(int64_t i) const {
+        return std::min<int64_t>(4, rows_ - 4 * i) * static_cast<int64_t>(sizeof(T));
+    }
+
+    // With the degree as a constant, coefficients are in registers.
+    template <int D, class Action>
+    void with_degree(const Action& action) const {
+        if constexpr (D < MOST)
+            if (degree_ != D) return with_degree<D + 1>(action);
+        action(std::integral_constant<int, D>{});
+    }
+
+    template <int D>
+    void write_with(T* to) const {
+        for (int64_t i = 0; i < n_; ++i) {
+            Four c[D + 1];
+            for (int m = 0; m <= D; ++m) c[m] = four(m, i);
+            const int64_t size = bytes(i);
+            for (int64_t k = 0; k < count_; ++k) {
+                Four value = c[D];
+                for (int m = D - 1; m >= 0; --m) value = value * places_[k] + c[m];
+                T* place = to + k * rows_ + 4 * i;
+                if (size == sizeof(Four))
+                    std::memcpy(place, &value, sizeof(Four));
+                else
+                    std::memcpy(place, &value, size);
+            }
+        }
+    }
+
+    template <int D>
+    void gather_with(const T* cotangents) {
+        for (int64_t i = 0; i < n_; ++i) {
+            Four c[D + 1] = {};
+            const int64_t size = bytes(i);
+            for (int64_t k = 0; k < count_; ++k) {
+                const T* place = cotangents + k * rows_ + 4 * i;
+                Four g{};
+                if (size == sizeof(Four))
+                    std::memcpy(&g, place, sizeof(Four));
+                else
+                    std::memcpy(&g, place, size);
+                for (int m = 0; m <= D; ++m, g *= places_[k]) c[m] += g;
+            }
+            for (int m = 0; m <= D; ++m) four(m, i) = c[m];
+        }
+    }
 };
 
 // Steps with a network; `E` evaluates its kind on a tile.
@@ -250,7 +289,7 @@ public:
     TileSolver(const Problem& problem, const typename E::Net& network,
                const Coefficients<T>& rk, Watch& watch, E& evaluator)
         : Base(problem, network, rk, watch, evaluator),
-          entrance_(problem, network, rk, watch, evaluator), path_(network.dim, rk.degree) {
+          entrance_(problem, network, rk, watch, evaluator), path_(network.dim, rk.degree, problem.n_times) {
         polynomial_ = arena_.take(size_ * std::max(rk.degree, 1));
     }
 
@@ -342,7 +381,7 @@ private:
     }
 
     void step(TileRecord<T>* record) {
-        double ratio[LANES<T>];
+        alignas(64) double ratio[LANES<T>];
         this->attempt(ratio);
         int64_t before[LANES<T>];
         std::copy(output_, output_ + LANES<T>, before);
@@ -374,13 +413,13 @@ private:
             if (!moved_[l]) continue;
             const Times times(p_, sample_[l]);
             const int64_t before = output_[l];
-            for (; output_[l] < p_.n_times - 1; ++output_[l]) {
-                const double at = times[output_[l]];
-                if (!(at <= t1_[l])) break;
-                if (output_[l] == before) path_.read(y_ + l, polynomial_ + l);
-                path_.write(place_in_step<T>(at, t_[l], t1_[l]), output(l, output_[l]));
-            }
-            n_dense_[l] += output_[l] > before;
+            int64_t after = before;
+            while (after < p_.n_times - 1 && times[after] <= t1_[l]) ++after;
+            if (after == before) continue;
+            output_[l] = after, ++n_dense_[l];
+            path_.place(times, before, after, t_[l], t1_[l]);
+            path_.read(y_ + l, polynomial_ + l);
+            path_.write(output(l, before));
         }
     }
 
@@ -403,7 +442,8 @@ public:
           grad_(static_cast<const T*>(reverse.grad)),
           grad_y0_(static_cast<T*>(reverse.grad_y0)), dim_(network.dim),
           size_(network.dim * LANES<T>), wide_(network.inputs * LANES<T>),
-          evaluator_(network, rk.n_extended, true), path_(network.dim, rk.degree) {
+          evaluator_(network, rk.n_extended, true),
+          path_(network.dim, rk.degree, problem.n_times) {
         const int n = rk.n_extended;
         k_ = arena_.take(size_ * n), states_ = arena_.take(wide_ * n);
         kappa_ = arena_.take(size_ * n), back_ = arena_.take(size_ * n);
@@ -560,10 +600,8 @@ private:
             if (from == to) continue;
             if (!any) std::fill(moments_, moments_ + size_ * (rk_.degree + 1), T(0));
             any = true;
-            const Times times(p_, stay.sample);
-            path_.clear();
-            for (int64_t c = from; c < to; ++c)
-                path_.add(place_in_step<T>(times[c], t_[l], t1_[l]), cotangent(stay.sample, c));
+            path_.place(Times(p_, stay.sample), from, to, t_[l], t1_[l]);
+            path_.gather(cotangent(stay.sample, from));
             path_.put(moments_ + l);
         }
         return any;

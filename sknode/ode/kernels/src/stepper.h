@@ -56,7 +56,8 @@ protected:
     bool rejected_[LANES<T>];  // whether the last attempt was
     double t_[LANES<T>], t_end_[LANES<T>], floor_[LANES<T>], next_[LANES<T>];
     double goal_[LANES<T>], near_goal_[LANES<T>];  // the next stop, or the end
-    double sign_[LANES<T>], t1_[LANES<T>], length_[LANES<T>], history_[LANES<T>][2];
+    double sign_[LANES<T>], t1_[LANES<T>], length_[LANES<T>];
+    alignas(64) double history_[2][LANES<T>];  // of errors, the last one first
     int64_t status_[LANES<T>], n_steps_[LANES<T>], n_rejected_[LANES<T>];
 
     bool any_running() const {
@@ -71,7 +72,7 @@ protected:
         evaluate(0, state_, t_, slope_);
         for (int l = 0; l < LANES<T>; ++l) {
             status_[l] = n_steps_[l] = n_rejected_[l] = 0;
-            history_[l][0] = history_[l][1] = 1.0;
+            history_[0][l] = history_[1][l] = 1.0;
             started_[l] = rejected_[l] = false;
             bool good = true;
             for (int64_t i = 0; i < rows_; ++i)
@@ -119,7 +120,7 @@ protected:
         t_[l] = from.t_[other], t_end_[l] = from.t_end_[other];
         floor_[l] = from.floor_[other], next_[l] = from.next_[other];
         goal_[l] = from.goal_[other], near_goal_[l] = from.near_goal_[other];
-        history_[l][0] = from.history_[other][0], history_[l][1] = from.history_[other][1];
+        history_[0][l] = from.history_[0][other], history_[1][l] = from.history_[1][other];
         status_[l] = from.status_[other], n_steps_[l] = from.n_steps_[other];
         n_rejected_[l] = from.n_rejected_[other];
     }
@@ -149,8 +150,10 @@ protected:
     // Move those that may, and choose everyone's next step.
     void conclude(const double* ratio) {
         move(moved_);
+        alignas(64) double factors[LANES<T>];
+        if (!(control_.step_size > 0)) find_factors(ratio, factors);
         for (int l = 0; l < LANES<T>; ++l)
-            if (running_[l]) choose_next(l, ratio[l], moved_[l]);
+            if (running_[l]) choose_next(l, ratio[l], factors[l], moved_[l]);
     }
 
     // Root mean squares over the components of every lane.
@@ -300,7 +303,7 @@ protected:
         }
     }
 
-    void choose_next(int l, double ratio, bool moved) {
+    void choose_next(int l, double ratio, double factor, bool moved) {
         const Control& control = control_;
         const bool adaptive = !(control.step_size > 0);
         ++n_steps_[l];
@@ -315,11 +318,11 @@ protected:
             const bool cut = moved && t1_[l] == goal_[l] && length_[l] < next_[l];
             const double least = cut ? next_[l] : 0.0;
             const bool grows = tried * control.factor_max > least;
-            next_[l] = std::max({grows ? tried * factor(l, ratio) : 0.0, least, floor});
+            next_[l] = std::max({grows ? tried * limited(l, ratio, factor) : 0.0, least, floor});
             rejected_[l] = !moved;
             if (moved && control.n_history) {
-                history_[l][1] = history_[l][0];
-                history_[l][0] = std::max(ratio, 1e-4);
+                history_[1][l] = history_[0][l];
+                history_[0][l] = std::max(ratio, 1e-4);
             }
         }
         if (!moved) {
@@ -337,14 +340,25 @@ protected:
         }
     }
 
-    double factor(int l, double ratio) const {
+    // What the controller makes of the errors of all lanes.
+    void find_factors(const double* ratio, double* factors) const {
         const Control& c = control_;
         const double p = c.pcoeff, i = c.icoeff, d = c.dcoeff;
-        double factor =
-            c.safety * std::pow(std::max(ratio, 1e-100), -(p + i + d) / c.error_order);
-        if (c.n_history > 0)
-            factor *= std::pow(history_[l][0], (p + 2 * d) / c.error_order);
-        if (c.n_history > 1) factor *= std::pow(history_[l][1], -d / c.error_order);
+        const double weights[] = {-(p + i + d) / c.error_order, (p + 2 * d) / c.error_order,
+                                  -d / c.error_order};
+        const double* errors[] = {ratio, history_[0], history_[1]};
+        for (int l = 0; l < LANES<T>; l += width<double>) {
+            Vec<double> power{};
+            for (int k = 0; k <= std::min(c.n_history, 2); ++k) {
+                const Vec<double> error = larger<double>(broadcast<double>(1e-100), load(errors[k] + l));
+                power += logarithm(error) * weights[k];
+            }
+            store(factors + l, exponential<double>(power) * c.safety);
+        }
+    }
+
+    double limited(int l, double ratio, double factor) const {
+        const Control& c = control_;
         if (c.n_history && ratio > 1) factor = std::min(factor, c.safety);
         if (rejected_[l]) factor = std::min(factor, 1.0);
         return std::min(std::max(factor, c.factor_min), c.factor_max);
