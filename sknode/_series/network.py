@@ -241,16 +241,11 @@ class LatentODENetwork(nn.Module):
         """
         series = series.drop_empty_rows()
         start, lengths = series.time[:, 0], series.lengths
-        # backwards in time, padding first
         gap = F.pad(series.time[:, 1:] - series.time[:, :-1], (0, 1))
         clock = CLOCK * torch.stack([gap, series.time - start[:, None]], -1)
         parts = series.values, series.seen, series.covariates, clock
         inputs = torch.cat([x.to(series.values) for x in parts], -1)
-        position = torch.arange(inputs.shape[1], device=lengths.device)
-        real = position < lengths[:, None]
-        hidden = last_state(
-            self.encoder, inputs.transpose(0, 1).flip(0), real.t().flip(0)
-        )
+        hidden = last_state(self.encoder, inputs, lengths)
         mean, raw = self.posterior_map(hidden).chunk(2, -1)
         scale = F.softplus(raw) + SCALE_FLOOR
         known = (lengths > 0)[:, None]

@@ -93,13 +93,14 @@ def test_recurrence_is_that_of_torch_and_its_gradient_exact():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         cell = nn.GRUCell(3, 5).double()
-        inputs = torch.randn(7, 4, 3, dtype=torch.float64, requires_grad=True)
-    real = torch.arange(7)[:, None] >= torch.tensor([0, 2, 6, 7])
+        inputs = torch.randn(4, 7, 3, dtype=torch.float64, requires_grad=True)
+    lengths = torch.tensor([7, 5, 1, 0])
     state = torch.zeros(4, 5, dtype=torch.float64)
-    for x, here in zip(inputs, real, strict=True):
-        state = torch.where(here[:, None], cell(x, state), state)
+    for t in range(6, -1, -1):
+        read = cell(inputs[:, t], state)
+        state = torch.where((t < lengths)[:, None], read, state)
     weight = torch.arange(5.0, dtype=torch.float64)
-    own = last_state(cell, inputs, real)
+    own = last_state(cell, inputs, lengths)
     torch.testing.assert_close(own, state, rtol=1e-13, atol=1e-13)
     sources = [inputs, *cell.parameters()]
     expected = torch.autograd.grad((state**2 * weight).sum(), sources)
