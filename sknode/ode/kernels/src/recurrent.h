@@ -97,9 +97,9 @@ public:
         reset_ = arena_.take(2 * rows_), update_ = reset_ + rows_;
         half_ = arena_.take(rows_), hidden_ = arena_.take(rows_);
         real_ = arena_.take(LANES<T>);
+        inputs_ = arena_.take(STEPS * unit.n_inputs * LANES<T>);
         if (!grad) return;
         cotangent_ = arena_.take(rows_), through_ = arena_.take(rows_);
-        inputs_ = arena_.take(STEPS * unit.n_inputs * LANES<T>);
         to_inputs_ = arena_.take(STEPS * 3 * rows_);
         to_hidden_ = arena_.take(STEPS * 3 * rows_);
         const int64_t widest = std::max(unit.n_inputs, unit.size);
@@ -109,15 +109,16 @@ public:
     void forward(int64_t tile) {
         place(tile);
         std::fill_n(h_, rows_, T(0));
-        for (int64_t t = steps_ - 1; t >= 0; --t) {
-            if (t % STEPS == 0) watch_.look();
-            if (T* kept = states(tile, t)) std::copy_n(h_, rows_, kept);
-            read(t);
-            take_gates();
-            for (int64_t i = 0; i < rows_; i += width<T>) {
-                const Vec<T> h = load(h_ + i), n = T(2) * load(half_ + i) - T(1);
-                const Vec<T> next = (h - n) * load(update_ + i) + n;
-                store(h_ + i, real(i) > 0 ? next : Vec<T>{});
+        for (int64_t group = (steps_ + STEPS - 1) / STEPS - 1; group >= 0; --group) {
+            const int64_t first = group * STEPS;
+            for (int s = read(first) - 1; s >= 0; --s) {
+                if (T* kept = states(tile, first + s)) std::copy_n(h_, rows_, kept);
+                take_gates(first, s);
+                for (int64_t i = 0; i < rows_; i += width<T>) {
+                    const Vec<T> h = load(h_ + i), n = T(2) * load(half_ + i) - T(1);
+                    const Vec<T> next = (h - n) * load(update_ + i) + n;
+                    store(h_ + i, real(i) > 0 ? next : Vec<T>{});
+                }
             }
         }
         T* out = static_cast<T*>(p_.last);
@@ -133,14 +134,11 @@ public:
             for (int64_t i = 0; i < unit_.size; ++i)
                 cotangent_[i * LANES<T> + lane] = grad_[sample_[lane] * unit_.size + i];
         for (int64_t first = 0; first < steps_; first += STEPS) {
-            watch_.look();
-            const int n = static_cast<int>(std::min<int64_t>(STEPS, steps_ - first));
+            const int n = read(first);
             const T* kept = states(tile, first);
             for (int s = 0; s < n; ++s) {
                 std::copy_n(kept + s * rows_, rows_, h_);
-                read(first + s);
-                std::copy_n(x_, h_ - x_, inputs_ + s * (h_ - x_));
-                take_gates();
+                take_gates(first, s);
                 pull_back(to_inputs_ + s * 3 * rows_, to_hidden_ + s * 3 * rows_);
             }
             sums[0].add(to_inputs_, inputs_, n, turned_);
@@ -149,7 +147,7 @@ public:
     }
 
 private:
-    // Rows whose gradients are summed up at a time.
+    // Rows of a series that are read at a time, and their gradients summed up.
     static constexpr int STEPS = 8;
 
     const Recurrence& p_;
@@ -159,8 +157,8 @@ private:
     const T* grad_;
     const int64_t rows_;  // numbers that a state of a tile has
     Arena<T> arena_;
-    T *x_, *h_, *reset_, *update_, *half_, *hidden_, *real_;  // half_: (n + 1) / 2
-    T *cotangent_, *through_, *inputs_, *to_inputs_, *to_hidden_, *turned_;
+    T *x_, *h_, *reset_, *update_, *half_, *hidden_, *real_, *inputs_;  // half_: (n + 1) / 2
+    T *cotangent_, *through_, *to_inputs_, *to_hidden_, *turned_;
     int n_lanes_ = 0;
     int64_t steps_ = 0;
     int64_t sample_[LANES<T>], length_[LANES<T>];
@@ -182,21 +180,31 @@ private:
         return all ? all + (tile * p_.length + t) * rows_ : nullptr;
     }
 
-    // Read a row of every lane, zero where it has none.
-    void read(int64_t t) {
-        const T* inputs = static_cast<const T*>(p_.inputs);
-        const int64_t n = unit_.n_inputs;
+    // Read the rows from one on of every lane, zero where it has none; return how many.
+    int read(int64_t first) {
+        watch_.look();
+        const int n = static_cast<int>(std::min<int64_t>(STEPS, steps_ - first));
+        const int64_t size = n * unit_.n_inputs;
         for (int lane = 0; lane < LANES<T>; ++lane) {
-            const bool real = t < length_[lane];
-            real_[lane] = real ? T(1) : T(0);
-            const T* row = real ? inputs + (sample_[lane] * p_.length + t) * n : nullptr;
-            for (int64_t i = 0; i < n; ++i) x_[i * LANES<T> + lane] = row ? row[i] : T(0);
+            const int64_t rows = std::clamp<int64_t>(length_[lane] - first, 0, n);
+            const int64_t real = rows * unit_.n_inputs;
+            const T* from = static_cast<const T*>(p_.inputs);
+            if (real) from += (sample_[lane] * p_.length + first) * unit_.n_inputs;
+            T* to = inputs_ + lane;
+            for (int64_t i = 0; i < real; ++i) to[i * LANES<T>] = from[i];
+            for (int64_t i = real; i < size; ++i) to[i * LANES<T>] = T(0);
         }
+        return n;
     }
 
     Vec<T> real(int64_t i) const { return load(real_ + i % LANES<T>); }
 
-    void take_gates() {
+    // Take the gates of one of the rows that were read.
+    void take_gates(int64_t first, int s) {
+        const int64_t size = h_ - x_;
+        std::copy_n(inputs_ + s * size, size, x_);
+        for (int lane = 0; lane < LANES<T>; ++lane)
+            real_[lane] = first + s < length_[lane] ? T(1) : T(0);
         constexpr Activation sigmoid = Activation::sigmoid;
         product(unit_.gates, unit_.gates_bias.data(), x_, reset_);
         activate_rows<sigmoid>(2 * unit_.size, reset_, reset_);
