@@ -3,10 +3,11 @@
 They serve multilayer perceptrons, and flows of densities: a perceptron with gates of
 time and its divergence, alone or added to the flow of a Gaussian mixture. A small
 network spends its time on dispatch, not on arithmetic. The kernels, in C++, take tiles
-of samples through all their steps while everything about them stays in the cache. (What
-latent ODEs encode series with is not solved, but served likewise: see `recurrent`.) They
+of samples through all their steps while everything about them stays in the cache. They
 are an optional part of the package: what they compute, the loop in `integrate` computes
 too, which also serves everything that they do not.
+
+`recurrent` has what is no solve: what latent ODEs encode series with.
 """
 
 from __future__ import annotations
