@@ -209,6 +209,27 @@ def test_part_keeps_what_is_between_shares_of_the_time_of_each_series():
     assert torch.equal(whole.seen.sum((1, 2)), series.seen.sum((1, 2)))
 
 
+def test_rows_without_a_value_are_dropped_in_order():
+    series = make_series(make_panel((7, 1, 0, 9, 4)))
+    keep = torch.rand(series.seen.shape, generator=torch.Generator().manual_seed(0))
+    hidden = series.hide(keep < 0.4)
+    assert not hidden.dense
+    dropped = hidden.drop_empty_rows()
+    assert dropped.dense and dropped.drop_empty_rows() is dropped
+    assert dropped.time.shape[1] == int(dropped.lengths.max()) < 9
+    for i, n in enumerate(dropped.lengths.tolist()):
+        rows = hidden.seen[i].any(-1).nonzero()[:, 0]
+        assert len(rows) == n
+        for name in ("time", "values", "seen", "covariates"):
+            kept = getattr(dropped, name)[i]
+            assert torch.equal(kept[:n], getattr(hidden, name)[i, rows]), name
+        assert not dropped.seen[i, n:].any() and not dropped.values[i, n:].any()
+        assert (dropped.time[i, n:] == dropped.time[i, max(n - 1, 0)]).all()
+    # where there is none to drop, the rows stay as they are
+    full = series.drop_empty_rows()
+    assert full.dense and torch.equal(full.values, series.values)
+
+
 def test_failing_solve_raises_and_says_which_series():
     network, series = make_network(), make_series()
     with torch.no_grad():
