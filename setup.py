@@ -20,6 +20,7 @@ HEADERS = (
     "stepper",
     "solve",
     "adjoint",
+    "recurrent",
 )
 
 kernels = Extension(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -46,6 +47,8 @@ class Series:
         What is known at any time.
     lengths : Tensor of shape (n_series,), int64
         Rows that are no padding.
+    dense : bool
+        Whether it is known that each of these has a value.
     """
 
     time: Tensor
@@ -53,6 +56,7 @@ class Series:
     seen: Tensor
     covariates: Tensor
     lengths: Tensor
+    dense: bool = False
 
     @classmethod
     def of(cls, panel: Panel, like: Tensor) -> Series:
@@ -96,6 +100,7 @@ class Series:
             self.seen[rows, :end],
             self.covariates[rows, :end],
             lengths,
+            self.dense,
         )
 
     def part(self, begin: Tensor, end: Tensor) -> Series:
@@ -103,7 +108,7 @@ class Series:
         first, last = self.time[:, :1], self.time[:, -1:]
         span = last - first
         inside = (self.time >= first + begin * span) & (self.time <= first + end * span)
-        return self.hide(inside[..., None]).drop_empty_rows()
+        return self._take(self._some() & inside)
 
     def times_from(self, start: Tensor) -> Tensor:
         """Return the times to solve for from a start (n_series,): for a series without
@@ -113,36 +118,54 @@ class Series:
 
     def first_rows(self) -> Tensor:
         """Return which rows (n_series, length) are the first with a value."""
-        some = self.seen.any(-1)
+        some = self._some()
         return some & (some.cumsum(1) == 1)
+
+    def _some(self) -> Tensor:
+        """Return which rows (n_series, length) have a value."""
+        # much faster than `any` over few channels
+        return functools.reduce(torch.logical_or, self.seen.unbind(-1))
 
     def hide(self, keep: Tensor) -> Series:
         """Return them with only those values for which ``keep`` is true."""
         seen = self.seen & keep
-        values = torch.where(seen, self.values, torch.zeros_like(self.values))
-        return Series(self.time, values, seen, self.covariates, self.lengths)
+        return replace(self, values=self.values * seen, seen=seen, dense=False)
 
     def drop_empty_rows(self) -> Series:
         """Return them without the rows in which nothing is seen."""
-        some = self.seen.any(-1)
-        lengths = some.sum(1)
-        end = max(1, int(lengths.max())) if len(lengths) else 1
-        # rows with values first, in order; those after them repeat the last of these
-        order = torch.argsort(~some, dim=1, stable=True)[:, :end]
-        last = (lengths - 1).clamp_min(0)
-        position = torch.arange(end, device=order.device)
-        index = order.gather(1, torch.minimum(position, last[:, None]))
+        return self if self.dense else self._take(self._some())
+
+    def _take(self, rows: Tensor) -> Series:
+        """Return them with some of the rows that have a value, (n_series, length)."""
+        n, length, n_channels = self.seen.shape
+        rank = rows.cumsum(1)  # from 1 on
+        lengths = rank[:, -1].contiguous()
+        end = max(1, int(lengths.max())) if n else 1
+        if torch.equal(lengths, self.lengths):  # all there are
+            arrays = self.time, self.values, self.seen, self.covariates
+            return Series(*(x[:, :end] for x in arrays), lengths, True)
+        position = torch.arange(length, device=rows.device)
+        # each goes to the place of its rank, the others to place 0, which is left out
+        order = rank.new_zeros(n, length + 1)
+        order.scatter_(1, rank * rows, position.expand(n, -1))
+        # after the last one it is repeated
+        last = (lengths - 1).clamp_min(0)[:, None]
+        index = order[:, 1:].gather(1, torch.minimum(position[:end], last))
+        flat = (index + length * torch.arange(n, device=rows.device)[:, None]).flatten()
 
         def take(x):
-            return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+            return x.flatten(0, 1).index_select(0, flat).view(n, end, x.shape[-1])
 
-        real = (position < lengths[:, None])[..., None]
+        # cell by cell: masks that are the same along the last axis are slow
+        cell = torch.arange(end * n_channels, device=rows.device)
+        real = (cell < (lengths * n_channels)[:, None]).view(n, end, n_channels)
         return Series(
             self.time.gather(1, index),
             take(self.values) * real,
             take(self.seen) & real,
             take(self.covariates),
             lengths,
+            True,
         )
 
 
@@ -241,16 +264,7 @@ class LatentODENetwork(nn.Module):
         """
         series = series.drop_empty_rows()
         start, lengths = series.time[:, 0], series.lengths
-        # backwards in time, padding first
-        gap = F.pad(series.time[:, 1:] - series.time[:, :-1], (0, 1))
-        clock = CLOCK * torch.stack([gap, series.time - start[:, None]], -1)
-        parts = series.values, series.seen, series.covariates, clock
-        inputs = torch.cat([x.to(series.values) for x in parts], -1)
-        position = torch.arange(inputs.shape[1], device=lengths.device)
-        real = position < lengths[:, None]
-        hidden = last_state(
-            self.encoder, inputs.transpose(0, 1).flip(0), real.t().flip(0)
-        )
+        hidden = last_state(self.encoder, self._encoder_inputs(series), lengths)
         mean, raw = self.posterior_map(hidden).chunk(2, -1)
         scale = F.softplus(raw) + SCALE_FLOOR
         known = (lengths > 0)[:, None]
@@ -259,6 +273,22 @@ class LatentODENetwork(nn.Module):
             torch.where(known, mean, torch.zeros_like(mean)),
             torch.where(known, scale, torch.ones_like(scale)),
         )
+
+    @staticmethod
+    def _encoder_inputs(series: Series) -> Tensor:
+        """Return what the encoder reads of every row, (n_series, length, n_inputs)."""
+        n, length, c = series.values.shape
+        time = CLOCK * series.time
+        # filled part by part: the parts differ in precision
+        inputs = series.values.new_zeros(
+            n, length, 2 * c + series.covariates.shape[-1] + 2
+        )
+        inputs[..., :c] = series.values
+        inputs[..., c : 2 * c] = series.seen
+        inputs[..., 2 * c : -2] = series.covariates
+        inputs[:, :-1, -2] = time.diff(dim=1)
+        inputs[..., -1] = time - time[:, :1]
+        return inputs
 
     def flow(
         self,
@@ -329,9 +359,12 @@ class LatentODENetwork(nn.Module):
         if covariates.shape[-1]:
             covariates = covariates.expand(*z.shape[:-1], covariates.shape[-1])
             h = torch.cat([z, covariates], -1)
-        for layer in self.decoder[:-1]:
-            h = act(layer(h))
-        return self.decoder[-1](h)
+        # Units first: products of some units with many rows, and those for gradients,
+        # are several times as fast so.
+        h = h.flatten(0, -2).t().contiguous()
+        for i, layer in enumerate(self.decoder):
+            h = torch.addmm(layer.bias[:, None], layer.weight, act(h) if i else h)
+        return h.t().contiguous().unflatten(0, z.shape[:-1])
 
     def forward(
         self,
@@ -355,7 +388,7 @@ class LatentODENetwork(nn.Module):
         The shape is that of the means (..., n_series, length, n_channels) without the
         last two.
         """
-        noise = self.noise
-        terms = -0.5 * ((series.values - means) / noise) ** 2 - noise.log()
-        terms = terms - 0.5 * math.log(2 * math.pi)
-        return torch.where(series.seen, terms, torch.zeros_like(terms)).sum((-1, -2))
+        error = torch.where(series.seen, series.values - means, 0.0)
+        squares = error.square().sum(-2) / self.noise**2
+        entropy = self.noise.log() + 0.5 * math.log(2 * math.pi)
+        return -(0.5 * squares + series.seen.sum(-2) * entropy).sum(-1)

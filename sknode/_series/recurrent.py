@@ -4,36 +4,68 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from sknode.ode.kernels import recurrent as kernel
 
 __all__ = ["last_state"]
 
 
-def last_state(cell: nn.GRUCell, inputs: Tensor, real: Tensor) -> Tensor:
-    """Return the last state of a GRU that starts from zero.
+def last_state(cell: nn.GRUCell, inputs: Tensor, lengths: Tensor) -> Tensor:
+    """Return the states of a GRU that has read series from their last row to the first.
 
-    It is what `torch.nn.GRU` returns, in less than half of the time for small ones: the
-    products with the inputs and those for the gradients of weights are taken once for
-    all steps, and a reverse step is three operations.
+    It starts from zero. On the CPU a fused kernel serves, unless the inputs need a
+    gradient. Else torch does, in less than half of the time of `torch.nn.GRU` for small
+    ones: the products with the inputs and those for the gradients of weights are taken
+    once for all steps, and a reverse step is three operations.
 
     Parameters
     ----------
     cell : torch.nn.GRUCell
         The weights.
-    inputs : Tensor of shape (length, batch, n_inputs)
-        In order of processing.
-    real : Tensor of shape (length, batch), bool
-        False for padding, which goes before the sequence: the state stays zero.
+    inputs : Tensor of shape (batch, length, n_inputs)
+        The rows of the series, in their own order.
+    lengths : Tensor of shape (batch,), int64
+        How many of these there are; the others are padding.
 
     Returns
     -------
     Tensor of shape (batch, hidden_size)
     """
+    parameters = cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh
+    if kernel.serves(parameters, inputs, lengths):
+        if torch.is_grad_enabled() and any(x.requires_grad for x in parameters):
+            return _FusedLastState.apply(inputs, lengths, *parameters)
+        return kernel.read(parameters, inputs, lengths, record=False).last
+    position = torch.arange(inputs.shape[1], device=lengths.device)
+    real = (position < lengths[:, None]).t().flip(0)
+    # padding goes before the series, and whatever is there must not matter
+    inputs = inputs.transpose(0, 1).flip(0).masked_fill(~real[..., None], 0)
     projected = nn.functional.linear(inputs, cell.weight_ih, cell.bias_ih)
     return _LastState.apply(projected, real, cell.weight_hh, cell.bias_hh)
 
 
+class _FusedLastState(torch.autograd.Function):
+    """The same by the kernels."""
+
+    @staticmethod
+    def forward(ctx, inputs, lengths, *parameters):
+        last, states = kernel.read(parameters, inputs, lengths, record=True)
+        ctx.save_for_backward(inputs, lengths, states, *parameters)
+        return last
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        inputs, lengths, states, *parameters = ctx.saved_tensors
+        return None, None, *kernel.reverse(parameters, inputs, lengths, states, grad)
+
+
 class _LastState(torch.autograd.Function):
-    """The recurrence, in the notation of torch: reset r, update z, new n."""
+    """The recurrence, in the notation of torch: reset r, update z, new n.
+
+    The first axis is that of rows, in order of reading.
+    """
 
     @staticmethod
     def forward(ctx, projected, real, weight, bias):
@@ -63,6 +95,7 @@ class _LastState(torch.autograd.Function):
         return states[-1].clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         states, gates, hidden_n, weight = ctx.saved_tensors
         r, z, n = gates.chunk(3, -1)

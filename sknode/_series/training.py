@@ -47,25 +47,32 @@ def draw_masks(series: Series, generator: torch.Generator) -> Tensor:
     n, length, n_channels = series.seen.shape
     device = series.time.device
 
-    def uniform(low, high, *shape):
+    def draw(*shape):
         x = torch.rand(shape, generator=generator, dtype=torch.float64)
-        return (low + (high - low) * x).to(device)
+        return x.to(device)
+
+    def uniform(low, high):
+        return low + (high - low) * draw(n, 1)
+
+    def choose():
+        return torch.randint(3, (n, 1), generator=generator).to(device)
 
     begin, end = series.time[:, :1], series.time[:, -1:]
     share = (series.time - begin) / (end - begin).clamp_min(1e-300)
-    kind = torch.randint(3, (n, 1), generator=generator).to(device)
-    width = uniform(*BLOCK, n, 1)
-    first = uniform(0, 1, n, 1) * (1 - width)
-    block = (share >= first) & (share <= first + width)
-    keep = torch.where(kind == 0, share <= uniform(*HEAD, n, 1), torch.ones_like(block))
-    keep = torch.where(kind == 1, ~block, keep)[..., None]
+    kind = choose()
+    width = uniform(*BLOCK)
+    first = uniform(0, 1) * (1 - width)
+    head = uniform(*HEAD).masked_fill_(kind != 0, torch.inf)
+    block = (share >= first) & (share <= (first + width).masked_fill_(kind != 1, -1.0))
     # of a row all channels, or each by itself
-    kind = torch.randint(3, (n, 1, 1), generator=generator).to(device)
-    hidden = uniform(*POINTS, n, 1, 1)
-    rows = (kind != 0) | (uniform(0, 1, n, length, 1) >= hidden)
-    cells = (kind != 1) | (uniform(0, 1, n, length, n_channels) >= hidden)
-    first = series.first_rows()[..., None]
-    return first | (keep & rows & cells)
+    kind, hidden = choose(), uniform(*POINTS)
+    rows = draw(n, length) >= hidden.masked_fill(kind != 0, 0.0)
+    keep = (share <= head) & ~block & rows
+    # A cell is hidden if what is drawn for it is less than the limit of its row: few
+    # passes over all cells.
+    limit = torch.maximum(hidden.masked_fill(kind != 1, 0.0), (~keep).double())
+    limit *= ~series.first_rows()
+    return draw(n, length, n_channels) >= limit[..., None]
 
 
 @dataclass

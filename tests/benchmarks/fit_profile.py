@@ -43,7 +43,11 @@ from sknode.ode import gradients, kernels
 PARTS = {
     "solves": [(_network.SolverSettings, "solve")],
     "reverse sweeps": [(gradients._DiscreteAdjoint, "backward")],
-    "encoder": [(network, "last_state"), (recurrent._LastState, "backward")],
+    "encoder": [
+        (network, "last_state"),
+        (recurrent._LastState, "backward"),
+        (recurrent._FusedLastState, "backward"),
+    ],
     "starts": [
         (density, "choose_start"),
         (fitting, "fit_warped_process"),

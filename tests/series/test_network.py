@@ -93,13 +93,14 @@ def test_recurrence_is_that_of_torch_and_its_gradient_exact():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         cell = nn.GRUCell(3, 5).double()
-        inputs = torch.randn(7, 4, 3, dtype=torch.float64, requires_grad=True)
-    real = torch.arange(7)[:, None] >= torch.tensor([0, 2, 6, 7])
+        inputs = torch.randn(4, 7, 3, dtype=torch.float64, requires_grad=True)
+    lengths = torch.tensor([7, 5, 1, 0])
     state = torch.zeros(4, 5, dtype=torch.float64)
-    for x, here in zip(inputs, real, strict=True):
-        state = torch.where(here[:, None], cell(x, state), state)
+    for t in range(6, -1, -1):
+        read = cell(inputs[:, t], state)
+        state = torch.where((t < lengths)[:, None], read, state)
     weight = torch.arange(5.0, dtype=torch.float64)
-    own = last_state(cell, inputs, real)
+    own = last_state(cell, inputs, lengths)
     torch.testing.assert_close(own, state, rtol=1e-13, atol=1e-13)
     sources = [inputs, *cell.parameters()]
     expected = torch.autograd.grad((state**2 * weight).sum(), sources)
@@ -206,6 +207,27 @@ def test_part_keeps_what_is_between_shares_of_the_time_of_each_series():
     assert part.seen.sum() == (series.seen & kept[..., None]).sum()
     whole = series.part(torch.zeros(n, 1), torch.full((n, 1), 2.0))
     assert torch.equal(whole.seen.sum((1, 2)), series.seen.sum((1, 2)))
+
+
+def test_rows_without_a_value_are_dropped_in_order():
+    series = make_series(make_panel((7, 1, 0, 9, 4)))
+    keep = torch.rand(series.seen.shape, generator=torch.Generator().manual_seed(0))
+    hidden = series.hide(keep < 0.4)
+    assert not hidden.dense
+    dropped = hidden.drop_empty_rows()
+    assert dropped.dense and dropped.drop_empty_rows() is dropped
+    assert dropped.time.shape[1] == int(dropped.lengths.max()) < 9
+    for i, n in enumerate(dropped.lengths.tolist()):
+        rows = hidden.seen[i].any(-1).nonzero()[:, 0]
+        assert len(rows) == n
+        for name in ("time", "values", "seen", "covariates"):
+            kept = getattr(dropped, name)[i]
+            assert torch.equal(kept[:n], getattr(hidden, name)[i, rows]), name
+        assert not dropped.seen[i, n:].any() and not dropped.values[i, n:].any()
+        assert (dropped.time[i, n:] == dropped.time[i, max(n - 1, 0)]).all()
+    # where there is none to drop, the rows stay as they are
+    full = series.drop_empty_rows()
+    assert full.dense and torch.equal(full.values, series.values)
 
 
 def test_failing_solve_raises_and_says_which_series():

@@ -6,6 +6,8 @@ network spends its time on dispatch, not on arithmetic. The kernels, in C++, tak
 of samples through all their steps while everything about them stays in the cache. They
 are an optional part of the package: what they compute, the loop in `integrate` computes
 too, which also serves everything that they do not.
+
+`recurrent` has what is no solve: what latent ODEs encode series with.
 """
 
 from __future__ import annotations

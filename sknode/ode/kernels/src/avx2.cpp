@@ -19,10 +19,12 @@ namespace avx2 {
 #include "stepper.h"
 #include "solve.h"
 #include "adjoint.h"
+#include "recurrent.h"
 }  // namespace avx2
 
 Solvers solvers_avx2() {
-    return {avx2::solve<float>, avx2::solve<double>, avx2::adjoint<float>, avx2::adjoint<double>};
+    return {avx2::solve<float>, avx2::solve<double>, avx2::adjoint<float>, avx2::adjoint<double>,
+            avx2::recur<float>, avx2::recur<double>, avx2::recur_back<float>, avx2::recur_back<double>};
 }
 }  // namespace sknode
 

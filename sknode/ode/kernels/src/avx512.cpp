@@ -19,10 +19,12 @@ namespace avx512 {
 #include "stepper.h"
 #include "solve.h"
 #include "adjoint.h"
+#include "recurrent.h"
 }  // namespace avx512
 
 Solvers solvers_avx512() {
-    return {avx512::solve<float>, avx512::solve<double>, avx512::adjoint<float>, avx512::adjoint<double>};
+    return {avx512::solve<float>, avx512::solve<double>, avx512::adjoint<float>, avx512::adjoint<double>,
+            avx512::recur<float>, avx512::recur<double>, avx512::recur_back<float>, avx512::recur_back<double>};
 }
 }  // namespace sknode
 

@@ -16,9 +16,11 @@ namespace baseline {
 #include "stepper.h"
 #include "solve.h"
 #include "adjoint.h"
+#include "recurrent.h"
 }  // namespace baseline
 
 Solvers solvers_baseline() {
-    return {baseline::solve<float>, baseline::solve<double>, baseline::adjoint<float>, baseline::adjoint<double>};
+    return {baseline::solve<float>, baseline::solve<double>, baseline::adjoint<float>, baseline::adjoint<double>,
+            baseline::recur<float>, baseline::recur<double>, baseline::recur_back<float>, baseline::recur_back<double>};
 }
 }  // namespace sknode

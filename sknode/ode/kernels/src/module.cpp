@@ -172,6 +172,15 @@ Recording* read_recording(PyObject* capsule) {
 
 void destroy_recording(PyObject* capsule) { delete read_recording(capsule); }
 
+// The solvers of an instruction set; check for an error afterwards.
+Solvers find_solvers(int64_t set) {
+    const auto sets = instruction_sets();
+    if (set >= 0 && set < static_cast<int64_t>(sets.size()) && sets[set].available)
+        return sets[set].solvers;
+    PyErr_SetString(PyExc_ValueError, "instruction set not available");
+    return {};
+}
+
 // What the solves forwards and backwards have in common.
 struct Arguments {
     Problem problem;
@@ -203,11 +212,7 @@ struct Arguments {
         p.worth_threads = reader.integer() != 0;
         p.interrupted = interrupted;
         if (PyErr_Occurred()) return;
-        const auto sets = instruction_sets();
-        if (set < 0 || set >= static_cast<int64_t>(sets.size()) || !sets[set].available)
-            PyErr_SetString(PyExc_ValueError, "instruction set not available");
-        else
-            solvers = sets[set].solvers;
+        solvers = find_solvers(set);
     }
 };
 
@@ -273,6 +278,46 @@ PyObject* adjoint(PyObject*, PyObject* args) {
     Py_RETURN_NONE;
 }
 
+Recurrence read_recurrence(Reader& reader) {
+    Recurrence p;
+    for (const void*& parameter : p.parameters) parameter = reader.address();
+    p.n_inputs = reader.integer(), p.size = reader.integer();
+    p.batch = reader.integer(), p.length = reader.integer();
+    p.inputs = reader.address();
+    p.lengths = static_cast<const int64_t*>(reader.address());
+    p.states = reader.address(), p.last = reader.address();
+    p.threads = static_cast<int>(reader.integer());
+    p.interrupted = interrupted;
+    return p;
+}
+
+PyObject* recur(PyObject*, PyObject* args) {
+    Reader reader(args);
+    const int64_t set = reader.integer();
+    const bool is_double = reader.integer() != 0;
+    const Recurrence p = read_recurrence(reader);
+    if (PyErr_Occurred()) return nullptr;
+    const Solvers solvers = find_solvers(set);
+    const auto run = is_double ? solvers.recur_in_double : solvers.recur_in_float;
+    if (PyErr_Occurred() || !run_unlocked([&] { run(p); })) return nullptr;
+    Py_RETURN_NONE;
+}
+
+PyObject* recur_back(PyObject*, PyObject* args) {
+    Reader reader(args);
+    const int64_t set = reader.integer();
+    const bool is_double = reader.integer() != 0;
+    RecurrenceReverse p;
+    p.forward = read_recurrence(reader);
+    p.grad = reader.address();
+    for (void*& gradient : p.gradients) gradient = reader.address();
+    if (PyErr_Occurred()) return nullptr;
+    const Solvers solvers = find_solvers(set);
+    const auto run = is_double ? solvers.recur_back_in_double : solvers.recur_back_in_float;
+    if (PyErr_Occurred() || !run_unlocked([&] { run(p); })) return nullptr;
+    Py_RETURN_NONE;
+}
+
 PyObject* recorded_bytes(PyObject*, PyObject* capsule) {
     const Recording* recording = read_recording(capsule);
     return recording ? PyLong_FromLongLong(recording->bytes()) : nullptr;
@@ -299,6 +344,8 @@ PyMethodDef methods[] = {
     {"solve", solve, METH_VARARGS, "Solve a batch; return its recording or None."},
     {"reverse", reverse, METH_VARARGS, "Go back over the steps of a recording."},
     {"adjoint", adjoint, METH_VARARGS, "Solve states and cotangents backwards."},
+    {"recur", recur, METH_VARARGS, "Read series with a recurrent unit."},
+    {"recur_back", recur_back, METH_VARARGS, "Go back over what it read."},
     {"recorded_bytes", recorded_bytes, METH_O, "The memory that recorded steps take."},
     {"share_threads", share, METH_NOARGS, "Use torch's threads; return whether it can be."},
     {"instruction_sets", list_instruction_sets, METH_NOARGS,

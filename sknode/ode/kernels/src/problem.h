@@ -131,6 +131,26 @@ struct AdjointProblem {
     std::vector<LayerGradient> layers;
 };
 
+// A gated recurrent unit, as torch.nn.GRUCell has it, and the series that it reads from
+// their last row to their first.
+struct Recurrence {
+    const void* parameters[4];  // weights of inputs and state, their biases
+    int64_t n_inputs, size;
+    int64_t batch, length;
+    const void* inputs;      // (batch, length, n_inputs)
+    const int64_t* lengths;  // (batch,)
+    void* states;            // states before rows, (tiles, length, size, LANES), or null
+    void* last;              // (batch, size)
+    int threads;
+    bool (*interrupted)();  // for `Watch`
+};
+
+struct RecurrenceReverse {
+    Recurrence forward;
+    const void* grad;    // (batch, size)
+    void* gradients[4];  // of the parameters
+};
+
 // The steps of a solve, kept for going back over them.
 struct Recording {
     virtual ~Recording() = default;
@@ -147,6 +167,10 @@ using AdjointSolver = void (*)(const AdjointProblem&);
 struct Solvers {
     Solver in_float, in_double;
     AdjointSolver adjoint_in_float, adjoint_in_double;
+    void (*recur_in_float)(const Recurrence&);
+    void (*recur_in_double)(const Recurrence&);
+    void (*recur_back_in_float)(const RecurrenceReverse&);
+    void (*recur_back_in_double)(const RecurrenceReverse&);
 };
 
 Solvers solvers_baseline();
