@@ -2,7 +2,7 @@
 
 Tanh fields of the given sizes, dopri5 on t in [0, 1], float32. Weights are torch's
 default initialisation times 3, y0 is standard normal. All solvers run in one process,
-in turns; a figure is the median of the rounds. The error is the largest deviation of a
+in turns of a tenth of a second; a figure is the median of the calls. The error is the largest deviation of a
 component from a float64 solution at 1e-12. Diffrax is compiled by jax.jit beforehand,
 with steps for every sample (vmap) or for the batch.
 
@@ -39,7 +39,7 @@ CASES = [(2, 32, 64, 2), (2, 64, 1024, 2), (4, 20, 1000, 100), (8, 128, 4096, 2)
 STANDARD = 1e-5  # the tolerance that sets the target
 TOLERANCES = [10 ** (-k / 10) for k in range(30, 71)]  # from loose to tight
 SLACK, FOLLOWERS = 1.2, 2  # of the target, for so many tighter tolerances
-CALLS = 3  # in a row
+CALLS, SECONDS = 3, 0.1  # in a row: at least so many, and for so long
 # At most, and doubled where they do not suffice: diffrax is faster with few checkpoints
 DIFFRAX_STEPS, DIFFRAX_MOST = 64, 4096
 OURS, BASE = "sknode, per sample", "torchdiffeq"
@@ -243,21 +243,24 @@ def forward_only(solve, y0):
 def measure(functions, rounds, device):
     """Time functions in turns; return the median of each in milliseconds.
 
-    A turn is a few calls in a row, as in a training: the first still finds the caches,
+    A turn is some calls in a row, as in a training: the first still finds the caches,
     and torch's threads, as the solver before has left them.
     """
     times = {name: [] for name in functions}
     for turn in range(rounds + 2):
         for name, function in functions.items():
-            for _ in range(CALLS):
+            spent, calls = 0.0, 0
+            while calls < CALLS or spent < SECONDS:
                 if device.type == "cuda":
                     torch.cuda.synchronize()
                 start = time.perf_counter()
                 function()
                 if device.type == "cuda":
                     torch.cuda.synchronize()
+                seconds = time.perf_counter() - start
+                spent, calls = spent + seconds, calls + 1
                 if turn >= 2:
-                    times[name].append(1e3 * (time.perf_counter() - start))
+                    times[name].append(1e3 * seconds)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -356,6 +359,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--cases", type=int, nargs="+", default=range(1, 5))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--at-tolerance", action="store_true")
@@ -365,8 +369,8 @@ def main():
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.device}"
     )
-    for case in CASES:
-        run_case(case, args)
+    for number in args.cases:
+        run_case(CASES[number - 1], args)
 
 
 if __name__ == "__main__":

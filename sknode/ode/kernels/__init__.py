@@ -40,7 +40,7 @@ except ImportError as error:
 
 # In a child, which fork may have made, torch's threads may be gone.
 if _native is not None and multiprocessing.parent_process() is None:
-    _native.share_threads()
+    _native.share_threads(True)
 
 __all__ = [
     "Recorded",

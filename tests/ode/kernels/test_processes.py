@@ -52,6 +52,17 @@ def test_threads_do_not_disturb_one_another(problem, make_states):
         assert all(np.array_equal(v, e) for v in values)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_threads_may_be_those_of_torch(shared, problem):
+    expected = solve_and_differentiate(*problem)
+    assert kernels._native.share_threads(shared) in {shared, False}
+    try:
+        for _ in range(3):
+            assert np.array_equal(solve_and_differentiate(*problem), expected)
+    finally:
+        kernels._native.share_threads(True)
+
+
 def test_a_recording_may_be_read_by_two_threads(problem):
     field, y0 = problem
     y = solve_ode(field, y0, T).y.sum()

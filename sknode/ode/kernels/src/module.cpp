@@ -338,7 +338,10 @@ PyObject* list_instruction_sets(PyObject*, PyObject*) {
     return result;
 }
 
-PyObject* share(PyObject*, PyObject*) { return PyBool_FromLong(share_threads()); }
+PyObject* share(PyObject*, PyObject* on) {
+    const int truth = PyObject_IsTrue(on);
+    return truth < 0 ? nullptr : PyBool_FromLong(share_threads(truth));
+}
 
 PyMethodDef methods[] = {
     {"solve", solve, METH_VARARGS, "Solve a batch; return its recording or None."},
@@ -347,7 +350,7 @@ PyMethodDef methods[] = {
     {"recur", recur, METH_VARARGS, "Read series with a recurrent unit."},
     {"recur_back", recur_back, METH_VARARGS, "Go back over what it read."},
     {"recorded_bytes", recorded_bytes, METH_O, "The memory that recorded steps take."},
-    {"share_threads", share, METH_NOARGS, "Use torch's threads; return whether it can be."},
+    {"share_threads", share, METH_O, "Use torch's threads or not; return whether they are."},
     {"instruction_sets", list_instruction_sets, METH_NOARGS,
      "List (name, available), the fastest first."},
     {nullptr, nullptr, 0, nullptr},

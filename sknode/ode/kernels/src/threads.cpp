@@ -23,8 +23,10 @@ pid_t owner = 0;
 
 }  // namespace
 
-bool share_threads() {
+bool share_threads(bool on) {
 #if defined(__linux__)
+    parallel = nullptr;
+    if (!on) return false;
     // only what is loaded already: another team would be no help
     void* library = dlopen("libgomp.so.1", RTLD_LAZY | RTLD_NOLOAD);
     void* symbol = dlsym(library ? library : RTLD_DEFAULT, "GOMP_parallel");
@@ -32,6 +34,7 @@ bool share_threads() {
     owner = getpid();
     return parallel != nullptr;
 #else
+    (void)on;
     return false;
 #endif
 }

@@ -9,8 +9,8 @@ namespace sknode {
 // `work` must not throw.
 void run_on_threads(int threads, void (*work)(void*), void* data);
 
-// Use torch's threads, in this process; return whether they were found. Otherwise
-// threads live for one call.
-bool share_threads();
+// Use torch's threads, in this process, or do not; return whether they were found.
+// Otherwise threads live for one call.
+bool share_threads(bool on);
 
 }  // namespace sknode
