@@ -2,9 +2,9 @@
 
 Tanh fields of the given sizes, dopri5 on t in [0, 1], float32. Weights are torch's
 default initialisation times 3, y0 is standard normal. All solvers run in one process,
-in turns of a tenth of a second; a figure is the median of the calls. The error is the largest deviation of a
-component from a float64 solution at 1e-12. Diffrax is compiled by jax.jit beforehand,
-with steps for every sample (vmap) or for the batch.
+in turns of a tenth of a second; a figure is the median of the calls. The error is the
+largest deviation of a component from a float64 solution at 1e-12. Diffrax is compiled
+by jax.jit beforehand, with steps for every sample (vmap) or for the batch.
 
 At one tolerance, solvers end at errors up to ten times apart: they take its norm over a
 sample or over the batch, and choose steps differently. So each runs at the loosest
