@@ -24,6 +24,8 @@ NAMES = [
     for name in import_module(module).__all__
     if not inspect.ismodule(getattr(import_module(module), name))
 ]
+# the rest of it is for the solver
+NAMES += [f"sknode.ode.kernels.{name}" for name in ("chosen", "reference", "use")]
 
 # What numpydoc finds and is left as it is, as in scikit-learn.
 IGNORED = {

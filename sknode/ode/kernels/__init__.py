@@ -111,6 +111,13 @@ def chosen() -> str:
     -------
     str
         One of `instruction_sets`, or "reference" if torch does all of the work.
+
+    Examples
+    --------
+    >>> from sknode.ode import kernels
+    >>> with kernels.reference():
+    ...     kernels.chosen()
+    'reference'
     """
     choice = _choice.get()
     return next(iter(_sets()), "reference") if choice is None else choice
@@ -124,6 +131,22 @@ def use(instruction_set: str) -> Iterator[None]:
     ----------
     instruction_set : str
         One of `instruction_sets`, or "reference" for none of them.
+
+    Yields
+    ------
+    None
+
+    Raises
+    ------
+    ValueError
+        If the processor does not have it.
+
+    Examples
+    --------
+    >>> from sknode.ode import kernels
+    >>> for name in kernels.instruction_sets():
+    ...     with kernels.use(name):
+    ...         assert kernels.chosen() == name
     """
     if instruction_set not in ("reference", *_sets()):
         raise ValueError(
@@ -140,6 +163,10 @@ def use(instruction_set: str) -> Iterator[None]:
 
 def reference() -> contextlib.AbstractContextManager[None]:
     """Solve without the kernels, in a ``with`` statement.
+
+    Returns
+    -------
+    context manager
 
     Examples
     --------
@@ -218,7 +245,8 @@ def recorded_bytes(recorded: Recorded) -> int:
     """Return the memory that recorded steps take, in bytes.
 
     A step takes that of its state, two times and an index. Steps are kept in pages of
-    eight; samples in tiles of 128 bytes, each with as many steps as its busiest sample.
+    eight; samples go through tiles of 128 bytes, each with as many steps as its busiest
+    lane.
     """
     return _native.recorded_bytes(recorded.steps)
 

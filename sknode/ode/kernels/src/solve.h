@@ -289,7 +289,8 @@ public:
     TileSolver(const Problem& problem, const typename E::Net& network,
                const Coefficients<T>& rk, Watch& watch, E& evaluator)
         : Base(problem, network, rk, watch, evaluator),
-          entrance_(problem, network, rk, watch, evaluator), path_(network.dim, rk.degree, problem.n_times) {
+          entrance_(problem, network, rk, watch, evaluator),
+          path_(network.dim, rk.degree, problem.n_times) {
         polynomial_ = arena_.take(size_ * std::max(rk.degree, 1));
     }
 

@@ -350,8 +350,8 @@ protected:
         for (int l = 0; l < LANES<T>; l += width<double>) {
             Vec<double> power{};
             for (int k = 0; k <= std::min(c.n_history, 2); ++k) {
-                const Vec<double> error = larger<double>(broadcast<double>(1e-100), load(errors[k] + l));
-                power += logarithm(error) * weights[k];
+                const auto least = broadcast<double>(1e-100);
+                power += logarithm(larger<double>(least, load(errors[k] + l))) * weights[k];
             }
             store(factors + l, exponential<double>(power) * c.safety);
         }
