@@ -166,7 +166,8 @@ def reference() -> contextlib.AbstractContextManager[None]:
 
     Returns
     -------
-    context manager
+    contextlib.AbstractContextManager
+        Within it, torch does all of the work.
 
     Examples
     --------
