@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from sknode._series.cycles import find_cycle
 from sknode._series.state_space import LinearProcess
@@ -146,20 +147,26 @@ class _Model(torch.nn.Module):
         return value, torch.where(seen, slope, 0.0)
 
     def covariance(self, windows):
-        """Return (n_windows, n_cells, n_cells) covariances of cells."""
-        time, channel = windows.time, windows.channel.clamp(min=0)
+        """Return (n_windows, n_cells, n_cells) covariances of cells.
+
+        Padding has those of independent cells with variance 1, without a gradient.
+        """
+        time = windows.time
         lag = (time[:, :, None] - time[:, None, :]).abs()
-        same = channel[:, :, None] == channel[:, None, :]
+        # what channel a cell is of, as a vector; products with it are faster than to
+        # pick entries, there and back
+        place = F.one_hot(windows.channel + 1, len(self.mean) + 1)[..., 1:].to(time)
+        levels = self.mixing @ self.mixing.mT + torch.diag_embed(
+            (2 * self.log_own).exp()
+        )
         total, waves = 0.0, {}
         for k, block in enumerate(self.blocks):
-            mixing = self.mixing[k][channel]
-            own = (2 * self.log_own[k]).exp()[channel]
-            level = mixing @ mixing.mT + torch.where(same, own[:, :, None], 0.0)
-            decay = _decay(self.log_rate[k].exp(), lag)
+            level = place @ levels[k] @ place.mT
             if block.kind == "ou":
-                total = total + level * (-decay).exp()
+                total = total + level * _decay(self.log_rate[k].exp(), lag).exp()
             elif block.kind == "matern":
-                total = total + level * ((1 + decay) * (-decay).exp())
+                decay = _decay(self.log_rate[k].exp(), lag)
+                total = total + level * ((1 - decay) * decay.exp())
             elif block.kind == "cycle":
                 frequency = block.frequency * self.tuning()[block.first]
                 angle = time * (frequency * block.harmonic)
@@ -169,10 +176,9 @@ class _Model(torch.nn.Module):
             else:
                 total = total + level
         for first, wave in waves.items():
-            decay = _decay(self.log_rate[first].exp(), lag)
-            total = total + wave * (-decay).exp()
-        noise = (2 * self.log_noise).exp()[channel] + FLOOR**2
-        return total + torch.diag_embed(noise)
+            total = total + wave * _decay(self.log_rate[first].exp(), lag).exp()
+        noise = place @ ((2 * self.log_noise).exp() + FLOOR**2)
+        return total + torch.diag_embed(noise + (windows.channel < 0).to(noise))
 
     def penalty(self):
         """Return minus the log prior of the parameters, in nats.
@@ -209,7 +215,7 @@ class _Model(torch.nn.Module):
 
 def _decay(rate, lag):
     """Return the exponent of a decay, cut off where numbers get subnormal, slow."""
-    return (rate * lag).clamp(max=40.0)
+    return (-rate * lag).clamp(min=-40.0)
 
 
 def _log_likelihood(model, windows):
@@ -221,16 +227,13 @@ def _log_likelihood(model, windows):
     K = model.covariance(windows)
     value, slope = model.warp(windows)
     seen = windows.channel >= 0
-    both = seen[:, :, None] & seen[:, None, :]
     with torch.no_grad():
-        identity = torch.eye(K.shape[1], dtype=K.dtype)
-        root = torch.linalg.cholesky(torch.where(both, K, identity))
+        root = torch.linalg.cholesky(K)
         inverse = torch.cholesky_inverse(root)
         weight = (inverse @ value[..., None])[..., 0]
         exact = -0.5 * (weight * value).sum(-1) - 0.5 * LOG_2PI * seen.to(K).sum(-1)
         exact -= root.diagonal(dim1=1, dim2=2).log().sum(-1)
         gradient = 0.5 * (weight[:, :, None] * weight[:, None, :] - inverse)
-        gradient = torch.where(both, gradient, 0.0)
     linear = (gradient * K).sum((1, 2)) - (weight * value).sum(-1)
     return linear + (exact - linear).detach() + slope.sum(-1)
 

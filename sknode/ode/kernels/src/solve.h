@@ -260,6 +260,7 @@ private:
 
     bool begin_some(Queue& queue) {
         n_ = waiting_ = 0;
+        if (queue.next.load(std::memory_order_relaxed) >= queue.end) return false;
         first_ = queue.next.fetch_add(LANES<T>);
         if (first_ >= queue.end) return false;
         n_ = static_cast<int>(std::min<int64_t>(LANES<T>, queue.end - first_));
