@@ -25,12 +25,12 @@ Parameters = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Read(NamedTuple):
-    """Series that were read."""
+    """Series that were read: the states after their first rows, (batch, size), and
+    those before every row, tile by tile, as `reverse` wants them.
+    """
 
-    last: Tensor  # (batch, size), the states after their first rows
-    states: (
-        Tensor | None
-    )  # those before every row, tile by tile, as `reverse` wants them
+    last: Tensor
+    states: Tensor | None
 
 
 def serves(parameters: Parameters, inputs: Tensor, lengths: Tensor) -> bool:
