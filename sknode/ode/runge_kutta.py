@@ -111,7 +111,8 @@ class ExplicitStepper(Stepper):
 def count_evaluations(tableau: Tableau, trace) -> np.ndarray:
     """Return how many evaluations the steps of every lane took."""
     count = trace.n_steps * (tableau.n_stages - 1)
-    count += trace.n_dense * (tableau.n_stages_extended - tableau.n_stages)
+    if tableau.n_stages_extended > tableau.n_stages:
+        count += trace.n_dense * (tableau.n_stages_extended - tableau.n_stages)
     return count if trace.n_jumps is None else count + trace.n_jumps
 
 

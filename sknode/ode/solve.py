@@ -27,6 +27,7 @@ __all__ = ["solve_ode"]
 STATISTICS = ("n_steps", "n_accepted", "n_rejected", "n_f_evals")
 DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 STEP_CONTROLS = ("per_sample", "shared")
+PLAIN = {str, bool, int, float, type(None)}  # of settings that are known by their value
 
 
 def solve_ode(
@@ -233,7 +234,9 @@ def solve(
         )
         solution._resolve = again
         return solution
-    flat = y0.reshape(1 if shared else batch, -1).contiguous()
+    flat = y0
+    if shared or y0.ndim != 2 or not y0.is_contiguous():
+        flat = y0.reshape(1 if shared else batch, -1).contiguous()
 
     field = bind(f, batch, state, shared, row_wise=row_wise)
     host_times = check_order(times.detach().cpu().numpy())
@@ -271,13 +274,15 @@ def solve(
     n_times = times.shape[-1]
     if shared:
         y = y.view(n_times, *y0.shape).transpose(0, 1)
-    else:
+    elif len(state) != 1:
         y = y.view(batch, n_times, *state)
     trace = run.trace
 
     # moved to the device together
-    counts = torch.from_numpy(_statistics(trace, options)).to(y0.device)
-    t_reached = torch.from_numpy(trace.t_reached.astype("f8")).to(y0.device)
+    counts = torch.from_numpy(_statistics(trace, options))
+    t_reached = torch.from_numpy(trace.t_reached.astype("f8"))
+    if not y0.is_cpu:
+        counts, t_reached = counts.to(y0.device), t_reached.to(y0.device)
     if shared:
         counts, t_reached = counts.expand(-1, batch), t_reached.expand(batch)
     status, *counts = counts.unbind()
@@ -377,7 +382,7 @@ def _options(dtype: torch.dtype, **settings) -> Options:
             stacklevel=4,
         )
         settings["rtol"] = least
-    if all(x is None or isinstance(x, str | int | float) for x in settings.values()):
+    if PLAIN.issuperset(map(type, settings.values())):
         return _options_seen_before(dtype, **settings)
     return _make_options(dtype, **settings)
 
