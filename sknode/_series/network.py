@@ -129,6 +129,7 @@ class Series:
     def hide(self, keep: Tensor) -> Series:
         """Return them with only those values for which ``keep`` is true."""
         seen = self.seen & keep
+        # faster than to select, and all values are finite
         return replace(self, values=self.values * seen, seen=seen, dense=False)
 
     def drop_empty_rows(self) -> Series:

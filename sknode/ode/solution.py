@@ -101,13 +101,13 @@ class Solution:
     t_reached: Tensor
     events: tuple[Occurrences, ...] = ()
     _resolve: Callable[[Tensor], Solution] | None = field(default=None, repr=False)
-    _all_done: bool | None = field(default=None, repr=False)  # None: look at statuses
+    _clean: bool = field(default=False, repr=False)  # as solved: all statuses are zero
 
     @property
     def success(self) -> bool:
         """Whether all samples reached the end of the interval or a terminal event."""
-        if self._all_done is not None:
-            return self._all_done
+        if not self.status.any():  # the usual case, in one operation
+            return True
         done = (self.status == Status.SUCCESS) | (self.status == Status.EVENT)
         return bool(done.all())
 

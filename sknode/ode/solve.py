@@ -27,7 +27,8 @@ __all__ = ["solve_ode"]
 STATISTICS = ("n_steps", "n_accepted", "n_rejected", "n_f_evals")
 DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 STEP_CONTROLS = ("per_sample", "shared")
-PLAIN = {str, bool, int, float, type(None)}  # of settings that are known by their value
+# Kinds of settings that are known by their value.
+BY_VALUE = {str, bool, int, float, type(None)}
 
 
 def solve_ode(
@@ -181,7 +182,7 @@ def solve_ode(
         row_wise=row_wise,
         event=event,
     )
-    if not solution.success:
+    if not (solution._clean or solution.success):
         warnings.warn(solution.failure_report(), SolverWarning, stacklevel=2)
     return solution
 
@@ -219,8 +220,7 @@ def solve(
             other = {"method": known.backward} if known.backward else {}
             backward = _options(y0.dtype, **settings | other | (adjoint or {}))
     shared = step_control == "shared"
-    batch, *_ = shape = y0.shape
-    state = shape[1:]
+    batch, state = y0.shape[0], y0.shape[1:]
     times = _check_times(t, batch, shared)
     settings |= {"step_control": step_control, "gradient": gradient}
     settings |= {"adjoint": adjoint}
@@ -293,7 +293,7 @@ def solve(
         stats=dict(zip(STATISTICS, counts, strict=True)),
         t_reached=t_reached,
         _resolve=again,
-        _all_done=not trace.status.any() or None,
+        _clean=not trace.status.any(),
     )
 
 
@@ -382,7 +382,7 @@ def _options(dtype: torch.dtype, **settings) -> Options:
             stacklevel=4,
         )
         settings["rtol"] = least
-    if PLAIN.issuperset(map(type, settings.values())):
+    if BY_VALUE.issuperset(map(type, settings.values())):
         return _options_seen_before(dtype, **settings)
     return _make_options(dtype, **settings)
 

@@ -245,9 +245,9 @@ class Recorded(NamedTuple):
 def recorded_bytes(recorded: Recorded) -> int:
     """Return the memory that recorded steps take, in bytes.
 
-    A step takes that of its state, two times and an index. Steps are kept in pages of
-    eight; samples go through tiles of 128 bytes, each with as many steps as its busiest
-    lane.
+    A step takes that of its state, two times and an index; a sample takes six numbers.
+    Steps are kept in pages of eight; samples go through tiles of 128 bytes, each with
+    as many steps as its busiest lane.
     """
     return _native.recorded_bytes(recorded.steps)
 

@@ -116,6 +116,9 @@ def reverse(
     fits = _plain_unit(parameters, inputs, lengths)
     if not fits or states.shape != _kept(parameters, inputs):
         raise RuntimeError("The shape of a parameter has changed since the forward.")
+    states = kernels._plain(states)
+    if states.data_ptr() % 64:  # hooks of saved tensors may have moved them
+        states = states.clone()
     grad = kernels._plain(grad)
     found = [grad.new_empty(x.shape) for x in parameters]
     addresses = grad.data_ptr(), *(x.data_ptr() for x in found)

@@ -199,6 +199,23 @@ def test_rows_and_parameters_may_lie_anywhere(instruction_set):
     assert all(torch.equal(found[name], grads[name]) for name in NAMES)
 
 
+@pytest.mark.parametrize("offset", [1, 2, 5])
+def test_what_is_kept_may_be_moved(offset, instruction_set):
+    problem = make_problem(3, 9, 12, 40)
+    expected, grads, _ = differentiate(*problem)
+
+    def move(x):  # as a hook that keeps numbers elsewhere does
+        memory = x.new_empty(x.numel() + offset)
+        memory[offset:] = x.reshape(-1)
+        return memory[offset:].view(x.shape)
+
+    with torch.autograd.graph.saved_tensors_hooks(move, lambda x: x):
+        got, found, fused = differentiate(*problem)
+    assert fused and torch.equal(got, expected)
+    for name in NAMES:
+        assert torch.equal(found[name], grads[name])
+
+
 def test_frozen_parameters_get_no_gradient(instruction_set):
     cell, inputs, lengths = make_problem(4, 9, 13, 20)
     _, grads, _ = differentiate(cell, inputs, lengths)

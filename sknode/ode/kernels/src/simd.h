@@ -1,7 +1,7 @@
 // Vectors of one register, and the functions that activations need.
 //
 // Included once for every instruction set, in a namespace of its own. GCC's and
-// clang's vector extensions serve: no intrinsics.
+// clang's vector extensions serve, but for some instructions that they do not reach.
 
 // With calls in between, registers would go to memory and back.
 #define SKNODE_INLINE static inline __attribute__((always_inline))
@@ -143,9 +143,10 @@ SKNODE_INLINE Vec<T> clamp(Vec<T> x, T low, T high) {
         return _mm512_min_ps(hi, _mm512_max_ps(lo, x));
     else
         return _mm512_min_pd(hi, _mm512_max_pd(lo, x));
-#endif
+#else
     x = x < lo ? lo : x;
     return x > hi ? hi : x;
+#endif
 }
 
 // 2^u = 2^n * p(u - n), n an integer: p - 1 is r times the polynomial in these

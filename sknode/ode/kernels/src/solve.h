@@ -101,6 +101,7 @@ class LanePolynomial {
 public:
     LanePolynomial(int64_t rows, int degree, int64_t n_times)
         : rows_(rows), degree_(degree), n_((rows + 3) / 4) {
+        if (degree < 1 || degree > MOST) throw std::invalid_argument("degree of outputs");
         coefficients_ = arena_.take(4 * n_ * (degree + 1));
         places_ = arena_.take(n_times);
     }
@@ -125,12 +126,12 @@ public:
 
     // Evaluate it for all outputs, (outputs, rows).
     void write(T* to) const {
-        with_degree<2>([&](auto degree) { write_with<decltype(degree)::value>(to); });
+        with_degree<1>([&](auto degree) { write_with<decltype(degree)::value>(to); });
     }
 
     // Set it to the sums of cotangents of the outputs (outputs, rows) times each power.
     void gather(const T* cotangents) {
-        with_degree<2>([&](auto degree) { gather_with<decltype(degree)::value>(cotangents); });
+        with_degree<1>([&](auto degree) { gather_with<decltype(degree)::value>(cotangents); });
     }
 
     // Put it into a lane of (degree + 1, rows, LANES).
@@ -233,6 +234,9 @@ struct Queue {
     std::atomic<int64_t> next;
     const int64_t end;
     Queue(int64_t first, int64_t end) : next(first), end(end) {}
+
+    // Leave the rest unsolved.
+    void stop() { next = end; }
 };
 
 // The next samples, each at its start: with its first slope and its first step.
@@ -298,17 +302,22 @@ public:
     // Solve samples until there are none; record their steps on request.
     void solve(Queue& queue, TileRecord<T>* record) {
         for (int l = 0; l < LANES<T>; ++l) {
-            sample_[l] = NOBODY, running_[l] = false;
+            sample_[l] = NOBODY, running_[l] = false, output_[l] = 0;
             sign_[l] = 1, this->next_[l] = 0;
             t_[l] = this->goal_[l] = this->near_goal_[l] = Times(p_, 0)[0];
             for (int64_t i = 0; i < rows_; ++i)
                 y_[i * LANES<T> + l] = this->slope_[i * LANES<T> + l] = T(0);
         }
-        fill_lanes(queue, record);
-        this->run([&] {
-            step(record);
+        try {
             fill_lanes(queue, record);
-        });
+            this->run([&] {
+                step(record);
+                fill_lanes(queue, record);
+            });
+        } catch (...) {
+            queue.stop();
+            throw;
+        }
     }
 
 private:
@@ -614,10 +623,11 @@ private:
 // one throws ends all and is thrown on.
 template <class Worker>
 static void run_jobs(int64_t count, int threads, const Worker& worker) {
-    std::atomic<int64_t> next{0};
+    std::atomic<int64_t> next{0}, workers{0};
     std::atomic_flag failed = ATOMIC_FLAG_INIT;
     std::exception_ptr failure;
     const auto work = [&] {
+        if (workers++ >= count) return;  // nothing to do for further ones
         try {
             worker(next);
         } catch (...) {
@@ -628,7 +638,8 @@ static void run_jobs(int64_t count, int threads, const Worker& worker) {
     using Work = decltype(work);
     void* data = const_cast<void*>(static_cast<const void*>(&work));
     const auto call = [](void* given) { (*static_cast<Work*>(given))(); };
-    run_on_threads(static_cast<int>(std::min<int64_t>(threads, count)), call, data);
+    const int useful = static_cast<int>(std::min<int64_t>(threads, count));
+    run_on_threads(threads, useful, call, data);
     if (failure) std::rethrow_exception(failure);
 }
 
@@ -684,7 +695,7 @@ private:
 // depend on their number, nor do the results.
 static inline int64_t turns(int64_t tiles, bool worth_threads) {
     if (!worth_threads) return 8;
-    return tiles < 4 ? 1 : tiles < 16 ? 2 : tiles < 64 ? 4 : 8;
+    return tiles < 4 ? 1 : std::clamp<int64_t>(tiles / 8, 2, 8);
 }
 
 template <class E>
@@ -699,8 +710,9 @@ public:
         n_ = (p_.batch + samples_ - 1) / samples_;
         if (p_.record) records_.resize(n_);
         Watch watch(p_.interrupted);
+        // what is not recorded may be solved by anyone
         Queue all(0, p_.batch);
-        run_jobs(n_, p_.threads, [&](std::atomic<int64_t>& next) {
+        run_jobs(p_.record ? n_ : tiles, p_.threads, [&](std::atomic<int64_t>& next) {
             E evaluator(net_, 1, false);
             TileSolver<E> solver(p_, net_, rk_, watch, evaluator);
             if (!p_.record) return solver.solve(all, nullptr);

@@ -150,7 +150,7 @@ protected:
     // Move those that may, and choose everyone's next step.
     void conclude(const double* ratio) {
         move(moved_);
-        alignas(64) double factors[LANES<T>];
+        alignas(64) double factors[LANES<T>] = {};
         if (!(control_.step_size > 0)) find_factors(ratio, factors);
         for (int l = 0; l < LANES<T>; ++l)
             if (running_[l]) choose_next(l, ratio[l], factors[l], moved_[l]);

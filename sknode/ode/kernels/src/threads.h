@@ -5,9 +5,10 @@
 
 namespace sknode {
 
-// Work on as many threads as there can be, at most so many, the calling one among them.
-// `work` must not throw.
-void run_on_threads(int threads, void (*work)(void*), void* data);
+// Work on as many threads as there can be, at most so many, the calling one among them,
+// and on no fewer than are useful. `work` must not throw, and may be called more often
+// than is useful.
+void run_on_threads(int threads, int useful, void (*work)(void*), void* data);
 
 // Use torch's threads, in this process, or do not; return whether they were found.
 // Otherwise threads live for one call.
