@@ -45,7 +45,9 @@ def fitted(moons):
 # --- the density ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dynamics", ["mlp", "planar"])
+@pytest.mark.parametrize(
+    "dynamics", ["mlp", pytest.param("planar", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("marginals", [False, True])
 def test_density_integrates_to_one_in_the_plane(dynamics, marginals):
     X, _ = make_density("moons", 300, noise=0.3, random_state=0)

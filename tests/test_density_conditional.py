@@ -123,6 +123,7 @@ def test_a_linear_regression_is_one_component():
     np.testing.assert_allclose(density.score_samples(X, Y), law.logpdf(residual))
 
 
+@pytest.mark.slow
 def test_posteriors_are_those_of_bayes_rule():
     X, y, _ = blobs(1500, 0)
     test_X, _, posterior = blobs(500, 1)

@@ -138,6 +138,7 @@ def test_a_field_of_ones_own_can_be_searched(moons):
     assert np.isfinite(search.best_score_)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [{"vector_field": Swirl}, {"hidden_layer_sizes": (16,) * 3}]
 )

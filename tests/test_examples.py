@@ -91,6 +91,7 @@ def test_section_4_of_the_paper_compares_planar_flows(monkeypatch, capsys, tmp_p
     assert picture.stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_section_4_of_the_paper_compares_by_iterations_at_equal_time(
     monkeypatch, capsys
 ):

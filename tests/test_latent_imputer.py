@@ -139,6 +139,7 @@ def test_long_table_with_series_and_time_in_columns():
     assert not filled.isna().any().any()
 
 
+@pytest.mark.slow
 def test_unit_and_zone_of_times_do_not_matter(table, fitted):
     expected = fitted.transform(table).to_numpy()
     for index in (
@@ -162,6 +163,7 @@ def test_scale_of_numeric_times_does_not_matter(unit):
     np.testing.assert_allclose(filled, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_arrays_are_equally_spaced_steps(table):
     steps = table.set_axis(np.arange(float(len(table))))
     filled = quick().fit_transform(table.to_numpy())
@@ -276,6 +278,7 @@ def test_in_a_pipeline_and_with_pandas_output(table):
     assert list(filled.columns) == list(pipeline.get_feature_names_out())
 
 
+@pytest.mark.slow
 def test_grid_search_by_a_score_of_ones_own(table):
     rng = np.random.default_rng(0)
     hidden = table.notna().to_numpy() & (rng.uniform(size=table.shape) < 0.1)

@@ -290,6 +290,7 @@ def test_covariates_matter():
     assert regressor.score(X[150:], y[150:]) > 0.9
 
 
+@pytest.mark.slow
 def test_cross_validation_of_imputation_and_forecasts():
     X, y = panel()
     splitters = {

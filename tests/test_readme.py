@@ -25,6 +25,7 @@ def test_examples_run(capsys):
     assert capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", sorted(p.name for p in (ROOT / "docs").glob("*.md")))
 def test_examples_of_the_documentation_run(page):
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
