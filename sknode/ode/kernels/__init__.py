@@ -16,7 +16,7 @@ import contextlib
 import logging
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from functools import cache
 from typing import NamedTuple
@@ -198,31 +198,42 @@ def serves(field: BoundField, y0: Tensor, times: Tensor) -> bool:
     They do not give gradients to the output times.
     """
     network = getattr(field, "network", None)
-    if network is None or _choice.get() == "reference":
+    if network is None or switched_off():
         return False
     if times.requires_grad and torch.is_grad_enabled():
         return False
-    if not _plain_network(network, y0):
+    if not (y0.is_cpu and are_plain(network.tensors(y0.shape[1]), y0.dtype)):
         return False
-    if _native is None:
-        _say_that_there_are_none()
-        return False
-    return True
+    return there_are_some()
 
 
-def _plain_network(network: Network, y0: Tensor) -> bool:
+def switched_off() -> bool:
+    """Return whether torch is to do all of the work."""
+    return _choice.get() == "reference"
+
+
+def are_plain(
+    tensors: Iterable[tuple[Tensor, tuple[int, ...]]], dtype: torch.dtype
+) -> bool:
     """Return whether all is in the memory that the kernels will take it to be in.
 
     What is not (a layer moved to another device or dtype, or given another shape)
     torch can handle or refuse.
     """
-    dtype, layout = y0.dtype, torch.strided
-    for tensor, shape in network.tensors(y0.shape[1]):
+    layout = torch.strided
+    for tensor, shape in tensors:
+        if type(tensor) not in PLAIN or tensor.shape != shape or not tensor.is_cpu:
+            return False
         if tensor.dtype is not dtype or tensor.layout is not layout:
             return False
-        if not tensor.is_cpu or type(tensor) not in PLAIN or tensor.shape != shape:
-            return False
-    return y0.is_cpu
+    return True
+
+
+def there_are_some() -> bool:
+    """Return whether there are kernels; where they are missed, say so once."""
+    if _native is None:
+        _say_that_there_are_none()
+    return _native is not None
 
 
 @cache

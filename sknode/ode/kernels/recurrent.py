@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sknode.ode import kernels
 
@@ -38,16 +38,11 @@ def serves(parameters: Parameters, inputs: Tensor, lengths: Tensor) -> bool:
 
     They do not give gradients to the inputs.
     """
-    if kernels._choice.get() == "reference":
+    if kernels.switched_off():
         return False
     if inputs.requires_grad and torch.is_grad_enabled():
         return False
-    if not _plain_unit(parameters, inputs, lengths):
-        return False
-    if not kernels.available():
-        kernels._say_that_there_are_none()
-        return False
-    return True
+    return _plain_unit(parameters, inputs, lengths) and kernels.there_are_some()
 
 
 def _plain_unit(parameters, inputs, lengths) -> bool:
@@ -59,17 +54,9 @@ def _plain_unit(parameters, inputs, lengths) -> bool:
         return False
     size = weight.shape[1]
     shapes = (3 * size, inputs.shape[2]), (3 * size, size), (3 * size,), (3 * size,)
-    expected = (inputs.dtype, torch.device("cpu"), torch.strided)
-    for tensor, shape in zip(parameters, shapes, strict=True):
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.shape != shape:
-            return False
-        if (tensor.dtype, tensor.device, tensor.layout) != expected:
-            return False
-    return (
-        type(inputs) is Tensor
-        and inputs.device.type == lengths.device.type == "cpu"
-        and lengths.dtype == torch.int64
-        and lengths.shape == inputs.shape[:1]
+    given = (*zip(parameters, shapes, strict=True), (inputs, inputs.shape))
+    return kernels.are_plain(given, inputs.dtype) and kernels.are_plain(
+        [(lengths, inputs.shape[:1])], torch.int64
     )
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import signal
+import time
 import warnings
 from dataclasses import dataclass
 
@@ -81,6 +84,35 @@ def make_states():
         return weights((batch, dim), seed, dtype)
 
     return make
+
+
+class Alarm(Exception):
+    """Raised by a signal handler."""
+
+
+@pytest.fixture
+def interrupted_after():
+    """Return a context that raises an exception by a signal, and wants it to come."""
+    if not hasattr(signal, "setitimer"):
+        pytest.skip("needs POSIX timers")
+
+    def handler(number, frame):
+        raise Alarm
+
+    @contextlib.contextmanager
+    def interrupted(seconds):
+        before = signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        start = time.monotonic()
+        try:
+            with pytest.raises(Alarm):
+                yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        assert time.monotonic() - start < 10
+
+    return interrupted
 
 
 @dataclass

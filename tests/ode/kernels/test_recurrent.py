@@ -1,8 +1,6 @@
 """The fused recurrence: that of torch, sample by sample, with exact gradients."""
 
 import itertools
-import signal
-import time
 
 import pytest
 import torch
@@ -321,34 +319,17 @@ def test_states_are_kept_for_gradients_only():
     assert kernel.read(parameters, inputs, lengths, record=False).states is None
 
 
-class Enough(Exception):
-    """Raised by a signal handler."""
-
-
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX timers")
 @pytest.mark.parametrize("threads", [1, 2])
-def test_signals_end_a_call(threads, monkeypatch):
+def test_signals_end_a_call(threads, monkeypatch, interrupted_after):
     monkeypatch.setattr(kernel, "THREAD_WORK", 0)
     torch.set_num_threads(threads)
     cell = nn.GRUCell(1, 64)
     inputs = torch.zeros(1, 1).expand(64, 10**6)[..., None]
     lengths = torch.full((64,), 10**6)
     parameters = [p.detach() for p in cell.parameters()]
-
-    def handler(number, frame):
-        raise Enough
-
-    before = signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, 0.5)
-    start = time.monotonic()
-    try:
-        with pytest.raises(Enough):
-            for _ in itertools.repeat(None):
-                kernel.read(parameters, inputs, lengths, record=False)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    assert time.monotonic() - start < 10
+    with interrupted_after(0.5):
+        for _ in itertools.repeat(None):
+            kernel.read(parameters, inputs, lengths, record=False)
 
 
 def test_bad_arguments_of_the_compiled_module_raise():
