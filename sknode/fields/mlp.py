@@ -208,10 +208,21 @@ class MLPField(nn.Module):
             The field; None where only autograd is right.
         """
         changed = type(self).forward is not MLPField.forward
-        plain = all(type(layer).forward is nn.Linear.forward for layer in self.layers)
-        if changed or has_hooks(self) or not plain or tuple(state) != (self.dim,):
+        if changed or has_hooks(self) or tuple(state) != (self.dim,):
             return None
-        return MLPClosedForm(self)
+        layers = self.layers._modules.values()
+        if not all(type(layer).forward is nn.Linear.forward for layer in layers):
+            return None
+        return MLPClosedForm(self, [_weights(layer) for layer in layers])
+
+
+def _weights(layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias of a layer."""
+    own = layer._parameters
+    try:
+        return own["weight"], own["bias"]  # a module takes its time for attributes
+    except KeyError:
+        return layer.weight, layer.bias  # computed: see torch.nn.utils.parametrize
 
 
 def _value_and_slope(function, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -235,11 +246,10 @@ class MLPClosedForm:
     row_wise = reusable = True
     probed = False
 
-    def __init__(self, field: MLPField):
+    def __init__(self, field: MLPField, layers: list[tuple[Tensor, Tensor | None]]):
         self.field = field
         self.activation: Activation = get_activation(field.activation)
         self.uses_time = field.time_dependent
-        layers = [(layer.weight, layer.bias) for layer in field.layers]
         self.network = Perceptron(layers, field.activation, self.uses_time)
         self.parameters = self.network.parameters
         self.dtype = self.network.dtype

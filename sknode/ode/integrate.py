@@ -241,11 +241,13 @@ class Trace:
     status: np.ndarray
     n_steps: np.ndarray
     n_rejected: np.ndarray
-    n_dense: np.ndarray  # steps that needed the extra stages of the dense output
     next_output: np.ndarray  # first output time that was not reached
     t_reached: np.ndarray
-    moving: np.ndarray  # whether the interval has a length
     records: list[StepRecord] | Any | None  # a kernel has its own kind
+    # status and statistics as `solve_ode` returns them, from a kernel; else from these
+    statistics: np.ndarray | None = None
+    n_dense: np.ndarray | None = None  # steps that needed the dense output's stages
+    moving: np.ndarray | None = None  # whether the interval has a length
     # what only the reverse of `integrate` asks for
     at_start: np.ndarray | None = None  # (lanes, n_times), times that equal the first
     k0: Tensor | None = None  # first slope

@@ -239,7 +239,7 @@ def solve(
         flat = y0.reshape(1 if shared else batch, -1).contiguous()
 
     field = bind(f, batch, state, shared, row_wise=row_wise)
-    host_times = check_order(times.detach().cpu().numpy())
+    host_times = check_order(times.numpy(force=True))
     replayable = partial(bind, f, batch, state, shared, closed_form=False)
     run = Run(field, replayable, host_times, options, stops, backward)
     run.fused = (
@@ -279,7 +279,8 @@ def solve(
     trace = run.trace
 
     # moved to the device together
-    counts = torch.from_numpy(_statistics(trace, options))
+    counts = trace.statistics
+    counts = torch.from_numpy(_statistics(trace, options) if counts is None else counts)
     t_reached = torch.from_numpy(trace.t_reached.astype("f8"))
     if not y0.is_cpu:
         counts, t_reached = counts.to(y0.device), t_reached.to(y0.device)
@@ -366,7 +367,7 @@ def _check_times(t, batch: int, shared: bool) -> Tensor:
     if not fits or t.shape[-1] == 0:
         expected = "(n_times,)" if shared else f"(n_times,) or ({batch}, n_times)"
         raise ValueError(f"t must have shape {expected}. Got {tuple(t.shape)} instead.")
-    return t.to(torch.float64)
+    return t.double()
 
 
 def _options(dtype: torch.dtype, **settings) -> Options:

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 
 from sknode.ode.integrate import Options, Trace
-from sknode.ode.runge_kutta import count_evaluations
 from sknode.ode.tableaus import Tableau
 from sknode.ode.vector_field import BoundField, DensityNetwork, Perceptron
 
@@ -220,11 +219,11 @@ def are_plain(
     What is not (a layer moved to another device or dtype, or given another shape)
     torch can handle or refuse.
     """
-    layout = torch.strided
+    strided = torch.strided
     for tensor, shape in tensors:
-        if type(tensor) not in PLAIN or tensor.shape != shape or not tensor.is_cpu:
+        if type(tensor) not in PLAIN or tensor.dtype is not dtype:
             return False
-        if tensor.dtype is not dtype or tensor.layout is not layout:
+        if tensor.shape != shape or not tensor.is_cpu or tensor.layout is not strided:
             return False
     return True
 
@@ -249,7 +248,7 @@ class Recorded(NamedTuple):
     """The steps of a solve, as `reverse` wants them."""
 
     steps: object
-    times: np.ndarray  # read again by the reverse
+    times: Tensor  # read again by the reverse
     shapes: list[tuple[torch.Size, torch.Size | None]]  # of the weights and biases
 
 
@@ -303,8 +302,9 @@ class _Call:
 
     def __init__(self, network: Network, y: Tensor, times, options: Options):
         self.network, self.y, self.options = network, y, options
-        self.times = np.ascontiguousarray(times)
-        self.counts = np.zeros((5, y.shape[0]), np.int64)
+        self.times = torch.from_numpy(np.ascontiguousarray(times))
+        # status, steps: attempted, accepted, rejected, evaluations; next output time
+        self.counts = np.zeros((6, y.shape[0]), np.int64)
         self.t_reached = np.zeros(y.shape[0])
         self.layers = [
             (_plain(w), None if b is None else _plain(b)) for w, b in network.layers
@@ -341,11 +341,11 @@ class _Call:
             batch,
             n_times,
             n_times if times.ndim == 2 else 0,
-            times.ctypes.data,
+            times.data_ptr(),
             0 if y0 is None else y0.data_ptr(),
             y.data_ptr(),
-            self.counts.ctypes.data,
-            self.t_reached.ctypes.data,
+            torch.from_numpy(self.counts).data_ptr(),
+            torch.from_numpy(self.t_reached).data_ptr(),
             record,
             threads,
             _worth_threads(network, batch),
@@ -353,21 +353,17 @@ class _Call:
 
     def trace(self, records: Recorded | None) -> Trace:
         """Return what happened."""
-        times = self.times
-        status, n_steps, n_rejected, n_dense, next_output = self.counts
-        trace = Trace(
+        status, n_steps, _, n_rejected, _, next_output = counts = self.counts
+        return Trace(
             y=self.y,
             status=status,
             n_steps=n_steps,
             n_rejected=n_rejected,
-            n_dense=n_dense,
             next_output=next_output,
             t_reached=self.t_reached,
-            moving=np.full(self.y.shape[0], times[..., -1] != times[..., 0]),
             records=records,
+            statistics=counts[:5],
         )
-        trace.n_evaluations = count_evaluations(self.options.tableau, trace)
-        return trace
 
 
 def reverse(

@@ -204,8 +204,8 @@ struct Arguments {
         p.y0 = reader.address(), p.y = reader.address();
         int64_t* counts = static_cast<int64_t*>(reader.address());
         p.status = counts, p.n_steps = counts + p.batch;
-        p.n_rejected = counts + 2 * p.batch, p.n_dense = counts + 3 * p.batch;
-        p.next_output = counts + 4 * p.batch;
+        p.n_rejected = counts + 3 * p.batch, p.n_dense = counts + 4 * p.batch;
+        p.next_output = counts + 5 * p.batch;
         p.t_reached = static_cast<double*>(reader.address());
         p.record = reader.integer() != 0;
         p.threads = static_cast<int>(reader.integer());
@@ -213,6 +213,20 @@ struct Arguments {
         p.interrupted = interrupted;
         if (PyErr_Occurred()) return;
         solvers = find_solvers(set);
+    }
+
+    // After the solve: count accepted steps, and turn dense outputs into evaluations.
+    void finish_counts() const {
+        const Problem& p = problem;
+        const Tableau& rk = p.tableau;
+        const bool chosen = !(p.control.step_size > 0) && !(p.control.first_step > 0);
+        for (int64_t i = 0; i < p.batch; ++i) {
+            const double* times = p.times + i * p.times_stride;
+            const bool moving = times[p.n_times - 1] != times[0];
+            p.n_steps[p.batch + i] = p.n_steps[i] - p.n_rejected[i];
+            p.n_dense[i] = p.n_dense[i] * (rk.n_extended - rk.n_stages) +
+                           p.n_steps[i] * (rk.n_stages - 1) + (moving ? 1 + chosen : 0);
+        }
     }
 };
 
@@ -237,6 +251,7 @@ PyObject* solve(PyObject*, PyObject* args) {
     const Solver solver = given.is_double ? solvers.in_double : solvers.in_float;
     std::unique_ptr<Recording> recording;
     if (!run_unlocked([&] { recording = solver(given.problem); })) return nullptr;
+    given.finish_counts();
     if (!recording) Py_RETURN_NONE;
     PyObject* capsule = PyCapsule_New(recording.get(), RECORDING, destroy_recording);
     if (capsule) recording.release();
