@@ -20,7 +20,8 @@ from sknode._density_flow import (
 )
 from sknode._density_start import is_better
 from sknode._network import SolverSettings
-from sknode._training import Average, History, Recipe, make_optimizer, train
+from sknode._optimizers import make_optimizer
+from sknode._training import Average, History, Recipe, train
 from sknode._warning import stacklevel_of_caller
 from sknode.ode import SolverError
 
@@ -244,7 +245,7 @@ class FlowTrainer:
 
             current.start = validate()
             before = _log_density(flow, held_out, REFINEMENT)
-        optimizer = make_optimizer(flow, recipe)
+        optimizer = make_optimizer(flow, recipe.optimizer, recipe.learning_rate)
         data = (rows, conditions)
         arguments = (flow, data, weight, loss, optimizer, recipe, self.generator)
         try:

@@ -23,7 +23,8 @@ from sknode._base import (
 )
 from sknode._images import shift_at_random
 from sknode._network import ImageNetwork, TabularNetwork
-from sknode._training import History, make_optimizer, train
+from sknode._optimizers import make_optimizer
+from sknode._training import History, train
 from sknode._warning import stacklevel_of_caller
 
 __all__ = ["BaseODENet", "usable_scale"]
@@ -331,7 +332,9 @@ class BaseODENet(BaseODEEstimator):
         dtype = next(module.parameters()).dtype
         settings = self._solver_settings(dtype)
         recipe = replace(self._recipe(len(X), max_iter), total_weight=total_weight)
-        optimizer = make_optimizer(module, recipe, self._optimizer_state)
+        optimizer = make_optimizer(
+            module, recipe.optimizer, recipe.learning_rate, self._optimizer_state
+        )
         data = (
             torch.from_numpy(np.array(X)).to(device, dtype),
             self._encode(y, dtype).to(device),

@@ -14,6 +14,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor, nn
 
+from sknode._optimizers import Adam, MuonAndAdam, penalize
 from sknode._warning import stacklevel_of_caller
 from sknode.ode import SolverError
 
@@ -21,7 +22,6 @@ __all__ = [
     "Average",
     "History",
     "Recipe",
-    "make_optimizer",
     "train",
     "warn_of_setbacks",
     "warn_unless_converged",
@@ -119,109 +119,12 @@ class Average:
         torch._foreach_lerp_(mine, theirs, 1 - decay)
 
 
-class MuonAndAdam:
-    """Muon for matrices, which orthogonalises their updates [1]_, Adam for the rest.
-
-    It has what the loop needs of an optimizer. The penalty on matrices is part of their
-    gradient, as it is with Adam.
-
-    Parameters
-    ----------
-    matrices : list of Parameter
-        What Muon updates.
-    groups : list of dict
-        Groups of parameters for Adam.
-    lr : float
-        Step size of both: an update by Muon has the root mean square of one by Adam.
-
-    References
-    ----------
-    .. [1] Jordan, Jin, Boza, You, Cesista, Newhouse & Bernstein, "Muon: An optimizer
-       for hidden layers in neural networks", 2024.
-    """
-
-    def __init__(self, matrices, groups, lr):
-        muon = torch.optim.Muon(
-            [{"params": matrices, "decay": True, "penalty": 0.0}],
-            lr=lr,
-            weight_decay=0.0,
-            adjust_lr_fn="match_rms_adamw",
-        )
-        self.parts = muon, torch.optim.Adam(groups, lr=lr, fused=True)
-
-    @property
-    def param_groups(self):
-        """The groups of both."""
-        return [group for part in self.parts for group in part.param_groups]
-
-    def zero_grad(self):
-        """Forget the gradients."""
-        for part in self.parts:
-            part.zero_grad()
-
-    def step(self):
-        """Follow the gradients."""
-        (group,) = self.parts[0].param_groups
-        if group["penalty"]:
-            used = (p for p in group["params"] if p.grad is not None)
-            for p in used:
-                p.grad.add_(p.detach(), alpha=group["penalty"])
-        for part in self.parts:
-            part.step()
-
-    def state_dict(self):
-        """Return the states of both."""
-        return dict(enumerate(part.state_dict() for part in self.parts))
-
-    def load_state_dict(self, state):
-        """Go on from the states of both."""
-        for i, part in enumerate(self.parts):
-            part.load_state_dict(state[i])
-
-
-def make_optimizer(module: nn.Module, recipe: Recipe, state: dict | None = None):
-    """Return the optimizer, with a group that is penalised: that of the matrices.
-
-    Parameters
-    ----------
-    module : torch.nn.Module
-        What is trained.
-    recipe : Recipe
-        For its name and the learning rate.
-    state : dict, optional
-        The state of an earlier optimizer, to go on with.
-    """
-    weights = [p for p in module.parameters() if p.ndim > 1]
-    others = [p for p in module.parameters() if p.ndim <= 1]
-    matrices = []
-    if recipe.optimizer == "muon":
-        # not convolutions; and what time and conditions do to units is a bias, not a
-        # direction of states: rings are learned to 0.08 nats rather than 0.10 that way
-        matrices = [
-            p
-            for name, p in module.named_parameters()
-            if p.ndim == 2 and "modulation" not in name
-        ]
-    taken = {id(p) for p in matrices}
-    rest = [p for p in weights if id(p) not in taken]
-    groups = [{"params": rest, "decay": True}, {"params": others, "decay": False}]
-    if matrices:
-        optimizer = MuonAndAdam(matrices, groups, recipe.learning_rate)
-    else:
-        optimizer = torch.optim.Adam(groups, lr=recipe.learning_rate, fused=True)
-    if state is not None:
-        optimizer.load_state_dict(state)
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate
-    return optimizer
-
-
 def train(
     module: nn.Module,
     data: tuple[Tensor, ...],
     weight: Tensor,
     objective: Callable[..., tuple[Tensor, Tensor]],
-    optimizer: torch.optim.Optimizer,
+    optimizer: Adam | MuonAndAdam,
     recipe: Recipe,
     generator: torch.Generator,
     history: History,
@@ -243,7 +146,7 @@ def train(
     objective : callable
         ``objective(*rows)`` returns the losses (m,) and function evaluations (m,) of a
         batch.
-    optimizer : torch.optim.Optimizer
+    optimizer : Adam or MuonAndAdam
         From `make_optimizer`.
     recipe : Recipe
         How to train.
@@ -348,13 +251,6 @@ def clip(parameters, bound, norms) -> None:
     recent = torch.stack(norms[-RECENT:])
     bound = recent[recent.isfinite()].median()
     nn.utils.clip_grads_with_norm_(parameters, bound, norms[-1])
-
-
-def penalize(optimizer: torch.optim.Optimizer, alpha: float) -> None:
-    """Let the next step add the gradient of ``alpha / 2 |W|^2``."""
-    for group in optimizer.param_groups:
-        key = "penalty" if "penalty" in group else "weight_decay"
-        group[key] = alpha if group["decay"] else 0.0
 
 
 def warn_unless_converged(name: str, max_iter: int, history: History) -> None:

@@ -13,16 +13,14 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import nn
 
 from sknode import ODENetClassifier
+from sknode._optimizers import make_optimizer
 from sknode._training import (
     Average,
     History,
-    MuonAndAdam,
     Recipe,
-    make_optimizer,
     train,
     warn_of_setbacks,
 )
-from sknode.fields import ConcatSquashField
 from sknode.ode import SolverError
 
 RECIPE = Recipe(
@@ -45,7 +43,7 @@ def make_network():
 def run(recipe, n=40, network=None, history=None, **options):
     """Train; return the learning rates, the number of rows seen, and the history."""
     network = network or make_network()
-    optimizer = make_optimizer(network, recipe)
+    optimizer = make_optimizer(network, recipe.optimizer, recipe.learning_rate)
     rates, seen, history = [], [], history or History()
 
     def objective(x):
@@ -62,33 +60,6 @@ def run(recipe, n=40, network=None, history=None, **options):
     return rates, seen, history
 
 
-def test_muon_moves_along_orthogonal_directions_and_adam_moves_the_rest():
-    network = nn.Sequential(nn.Linear(6, 6), nn.Conv2d(1, 2, 3))
-    optimizer = make_optimizer(network, RECIPE)
-    assert isinstance(optimizer, MuonAndAdam)
-    muon, adam = optimizer.parts
-    assert [p.shape for p in muon.param_groups[0]["params"]] == [(6, 6)]
-    assert sum(len(g["params"]) for g in adam.param_groups) == 3
-    before = network[0].weight.detach().clone()
-    generator = torch.Generator().manual_seed(0)
-    for p in network.parameters():
-        p.grad = torch.randn(p.shape, generator=generator)
-    optimizer.step()
-    singular = torch.linalg.svdvals(network[0].weight.detach() - before)
-    # Newton and Schulz' iteration is content with singular values about equal
-    assert singular.max() < 2 * singular.min()
-    rms = (network[0].weight.detach() - before).square().mean().sqrt()
-    assert float(rms) == pytest.approx(0.2 * 0.01, rel=0.3)
-
-
-def test_muon_leaves_gates_and_biases_of_time_to_adam():
-    field = ConcatSquashField(2, (8, 8))
-    muon, adam = make_optimizer(field, RECIPE).parts
-    assert len(muon.param_groups[0]["params"]) == 3
-    (matrix,) = adam.param_groups[0]["params"]
-    assert matrix is field.modulation.weight
-
-
 def test_penalty_pulls_on_matrices_with_either_optimizer():
     for name in ("adam", "muon"):
         recipe = Recipe(**{**vars(RECIPE), "optimizer": name, "alpha": 1e6})
@@ -96,12 +67,6 @@ def test_penalty_pulls_on_matrices_with_either_optimizer():
         norm = float(network[0].weight.detach().norm())
         run(recipe, network=network)
         assert float(network[0].weight.detach().norm()) < 0.9 * norm
-
-
-def test_only_convolutions_leave_nothing_to_muon():
-    assert isinstance(
-        make_optimizer(nn.Conv2d(1, 1, 3, bias=False), RECIPE), torch.optim.Adam
-    )
 
 
 def test_muon_goes_on_from_its_state():
@@ -164,7 +129,7 @@ def test_training_goes_on_from_earlier_weights_after_solves_that_failed(most):
         ends=False,
         warns=False,
     )
-    optimizer = make_optimizer(network, recipe)
+    optimizer = make_optimizer(network, recipe.optimizer, recipe.learning_rate)
     calls, rates, scores = 0, [], iter([1.0, 3.0, 2.0, 1.0, 1.0, 1.0])
     kept = []
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from sknode._network import SolverSettings
+from sknode._optimizers import make_optimizer
 from sknode._series.network import LatentODENetwork, Posterior, Series
 from sknode._series.panel import Panel
-from sknode._training import Average, History, Recipe, make_optimizer, train
+from sknode._training import Average, History, Recipe, train
 
 __all__ = ["Trainer", "draw_masks"]
 
@@ -152,7 +153,7 @@ class Trainer:
             (torch.arange(len(series), device=like.device),),
             torch.ones(len(series), device=like.device),
             objective,
-            make_optimizer(network, self.recipe),
+            make_optimizer(network, self.recipe.optimizer, self.recipe.learning_rate),
             replace(self.recipe, settling=settling),
             self.generator,
             self.history,

@@ -31,6 +31,7 @@ from sknode import (
     _latent_base,
     _network,
     _odenet_base,
+    _optimizers,
     _training,
     density,
 )
@@ -56,8 +57,8 @@ PARTS = {
     "held-out scores": [],  # of `train`, see there
     "judging": [(fitting, "_judge"), (_latent_base, "refinement_helps")],
     "optimizer": [
-        (torch.optim.Adam, "step"),
-        (torch.optim.Muon, "step"),
+        (_optimizers.Adam, "step"),
+        (_optimizers.Muon, "step"),
         (_training, "clip"),
         (_training.Average, "update"),
     ],
