@@ -150,14 +150,15 @@ class Muon(_Optimizer):
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """Return about the nearest matrix with singular values of 1, in bfloat16.
+    """Return about the nearest matrix with singular values of 1.
 
     Five steps of a Newton-Schulz iteration whose coefficients are the steepest at zero:
-    singular values end between 0.7 and 1.2.
+    singular values end between 0.7 and 1.2. In the precision of the matrix: for those
+    of some dozen rows, a processor takes three to five times as long in bfloat16.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrix.shape[0] > matrix.shape[1]
-    x = (matrix.T if tall else matrix).bfloat16()
+    x = matrix.T if tall else matrix
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.T

@@ -119,6 +119,34 @@ class Average:
         torch._foreach_lerp_(mine, theirs, 1 - decay)
 
 
+class Clip:
+    """Shortens gradients to a bound.
+
+    Parameters
+    ----------
+    bound : float or None
+        Norm at most; None is the median of the norms so far, the last `RECENT` of them.
+    """
+
+    def __init__(self, bound: float | None):
+        self.bound, self.norms, self.n = bound, None, 0
+
+    def __call__(self, parameters: list[nn.Parameter]) -> None:
+        """Shorten the gradient of parameters, in place."""
+        if self.bound is not None:
+            nn.utils.clip_grad_norm_(parameters, self.bound)
+            return
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if self.norms is None:
+            self.norms = norm.new_empty(RECENT)
+        # the oldest one goes; what is not finite does not count
+        self.norms[self.n % RECENT] = norm.where(norm.isfinite(), torch.nan)
+        self.n += 1
+        median = self.norms[: self.n].nanmedian()
+        nn.utils.clip_grads_with_norm_(parameters, median, norm)
+
+
 def train(
     module: nn.Module,
     data: tuple[Tensor, ...],
@@ -171,7 +199,7 @@ def train(
     n_batches = math.ceil(n_rows / recipe.batch_size)
     parameters = [p for p in module.parameters() if p.requires_grad]
     penalize(optimizer, recipe.alpha / (recipe.total_weight or float(weight.sum())))
-    best, norms, level = None, [], 1.0
+    best, clip, level = None, Clip(recipe.gradient_bound), 1.0
     followed = module if average is None else average.module
     for epoch in range(recipe.max_iter):
         started = time.perf_counter()
@@ -195,7 +223,7 @@ def train(
                     restore((module, followed), best or list(followed.parameters()))
                     for group in optimizer.param_groups:
                         group["lr"] /= 2
-            clip(parameters, recipe.gradient_bound, norms)
+            clip(parameters)
             optimizer.step()
             if average is not None:
                 average.update(module)
@@ -239,18 +267,6 @@ def restore(modules, values) -> None:
     for module in modules:
         for p, value in zip(module.parameters(), values, strict=True):
             p.copy_(value)
-
-
-def clip(parameters, bound, norms) -> None:
-    """Shorten the gradient to a bound, or to the median of the norms, kept here."""
-    if bound is not None:
-        nn.utils.clip_grad_norm_(parameters, bound)
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norms.append(nn.utils.get_total_norm(gradients))
-    recent = torch.stack(norms[-RECENT:])
-    bound = recent[recent.isfinite()].median()
-    nn.utils.clip_grads_with_norm_(parameters, bound, norms[-1])
 
 
 def warn_unless_converged(name: str, max_iter: int, history: History) -> None:

@@ -9,7 +9,13 @@ import torch
 from torch import nn
 
 from sknode._base import to_numpy, to_torch
-from sknode._optimizers import Adam, MuonAndAdam, make_optimizer, penalize
+from sknode._optimizers import (
+    Adam,
+    MuonAndAdam,
+    make_optimizer,
+    orthogonalize,
+    penalize,
+)
 from sknode.fields import ConcatSquashField
 
 
@@ -54,17 +60,35 @@ def test_adam_is_that_of_torch(dtype):
     assert same(ours, theirs)
 
 
-@pytest.mark.parametrize("shape", [(4, 9), (9, 4), (5, 5)])
+SHAPES = [(4, 9), (9, 4), (5, 5)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matrices_are_made_orthogonal_by_a_polynomial_of_their_singular_values(shape):
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(shape, generator=generator, dtype=torch.float64)
+    left, singular, right = torch.linalg.svd(matrix, full_matrices=False)
+    singular = singular / matrix.norm()
+    for _ in range(5):
+        singular = 3.4445 * singular - 4.7750 * singular**3 + 2.0315 * singular**5
+    expected = left @ torch.diag(singular) @ right
+    torch.testing.assert_close(orthogonalize(matrix), expected, rtol=1e-9, atol=1e-9)
+    assert 0.6 < float(singular.min()) < float(singular.max()) < 1.3
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_muon_is_that_of_torch(shape):
     ours = nn.Linear(*shape, bias=False)
-    theirs = copy.deepcopy(ours)
+    theirs, before = copy.deepcopy(ours), copy.deepcopy(ours)
     optimizer = make_optimizer(ours, "muon", 0.01)
     peer = torch.optim.Muon(
         theirs.parameters(), lr=0.01, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
     )
     take_steps(ours, optimizer, range(5))
     take_steps(theirs, peer, range(5))
-    assert same(ours, theirs)
+    # that of torch computes with eight bits
+    error = (ours.weight - theirs.weight).norm()
+    assert error < 0.02 * (ours.weight - before.weight).norm()
 
 
 def test_penalty_of_muon_is_part_of_the_gradient():
@@ -80,7 +104,7 @@ def test_penalty_of_muon_is_part_of_the_gradient():
                 p.grad += 0.3 * p
     optimizer.step()
     other.step()
-    assert same(ours, theirs)
+    torch.testing.assert_close(values(ours), values(theirs))
 
 
 @pytest.mark.parametrize("name", ["adam", "muon"])

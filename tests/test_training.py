@@ -12,7 +12,7 @@ from sklearn.datasets import make_moons
 from sklearn.exceptions import ConvergenceWarning
 from torch import nn
 
-from sknode import ODENetClassifier
+from sknode import ODENetClassifier, _training
 from sknode._optimizers import make_optimizer
 from sknode._training import (
     Average,
@@ -58,6 +58,24 @@ def run(recipe, n=40, network=None, history=None, **options):
         warnings.simplefilter("ignore", ConvergenceWarning)
         train(network, *arguments, **options)
     return rates, seen, history
+
+
+def test_gradients_are_shortened_to_the_median_of_recent_ones(monkeypatch):
+    monkeypatch.setattr(_training, "RECENT", 5)
+    network, clip = make_network(), _training.Clip(None)
+    direction = [torch.ones_like(p) for p in network.parameters()]
+    unit = sum(float(x.sum()) for x in direction) ** 0.5
+    norms = []
+    for norm in [3.0, 1.0, 2.0, math.inf, 5.0, 0.5, 4.0, 1.5]:
+        for p, x in zip(network.parameters(), direction, strict=True):
+            p.grad = x * (norm / unit)
+        clip(list(network.parameters()))
+        norms.append(norm)
+        recent = sorted(x for x in norms[-5:] if math.isfinite(x))
+        median = recent[(len(recent) - 1) // 2]
+        found = torch.cat([p.grad.flatten() for p in network.parameters()]).norm()
+        if math.isfinite(norm):
+            assert float(found) == pytest.approx(min(norm, median), rel=1e-5)
 
 
 def test_penalty_pulls_on_matrices_with_either_optimizer():

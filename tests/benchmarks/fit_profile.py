@@ -59,7 +59,7 @@ PARTS = {
     "optimizer": [
         (_optimizers.Adam, "step"),
         (_optimizers.Muon, "step"),
-        (_training, "clip"),
+        (_training.Clip, "__call__"),
         (_training.Average, "update"),
     ],
 }
