@@ -235,8 +235,8 @@ public:
         turned_ = arena_.take((net_.widest() + width<T>) * LANES<T> * n_stages);
     }
 
-    // slope = f(x), of (dim, LANES), on (inputs, LANES).
-    void evaluate(const T* x, T* slope) { run<false>(0, x, slope); }
+    // slope = f(x), of (dim, LANES), on (inputs, LANES), in all lanes.
+    void evaluate(const T* x, T* slope, int) { run<false>(0, x, slope); }
 
     // The same; keep what the reverse of this stage needs.
     void linearize(int stage, const T* x, T* slope) { run<true>(stage, x, slope); }

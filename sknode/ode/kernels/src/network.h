@@ -4,6 +4,10 @@
 // A tile has LANES samples. Everything about it is stored lane by lane within a row:
 // an array of n values a sample has shape (n, LANES). A product with a matrix is then
 // multiply-adds of whole registers with one weight each, and no lane sees another.
+//
+// Where few samples are left, only the leading lanes are computed, and what is in the
+// others is left alone. A sample's numbers are the same, to the bit, in any lane and
+// beside any number of others.
 
 template <class T>
 constexpr int LANES = 128 / sizeof(T);
@@ -14,6 +18,22 @@ template <class T>
 constexpr int GROUP = 2;
 template <class T>
 constexpr int ROWS = SKNODE_REGISTERS == 32 ? 20 / GROUP<T> : 10 / GROUP<T>;
+
+// The lanes of as few registers as n samples take: of one, or of some groups.
+template <class T>
+constexpr int lanes_for(int n) {
+    constexpr int group = GROUP<T> * width<T>;
+    return n <= width<T> ? width<T> : (n + group - 1) / group * group;
+}
+
+// Call `action` with the number of registers to take together, as a constant.
+template <class T, class Action>
+SKNODE_INLINE void with_group(int lanes, const Action& action) {
+    if (lanes == width<T>)
+        action(std::integral_constant<int, 1>{});
+    else
+        action(std::integral_constant<int, GROUP<T>>{});
+}
 
 // Memory for a thread, aligned, given out piece by piece.
 template <class T>
@@ -54,50 +74,48 @@ struct Matrix {
     }
 };
 
-// R rows of matrix * x + bias.
-template <int R, class T>
-static inline void product_block(const T* w, const T* bias, const T* x, int64_t cols, T* out) {
-    constexpr int W = width<T>, G = GROUP<T>;
-    // few rows would wait for one another: take two columns at a time
-    constexpr int CHAINS = R * G < 4 ? 2 : 1;
-    for (int g = 0; g < LANES<T>; g += G * W) {
+// R rows of matrix * x + bias, G registers at a time.
+template <int R, int G, class T>
+static inline void product_block(const T* w, const T* bias, const T* x, int64_t cols, T* out,
+                                 int lanes) {
+    constexpr int W = width<T>;
+    // few rows would wait for one another: take some columns at a time; whatever G is,
+    // as the order of additions depends on it
+    constexpr int CHAINS = R < 2 ? 4 : R < 4 ? 2 : 1;
+    for (int g = 0; g < lanes; g += G * W) {
         Vec<T> sum[CHAINS][R][G];
         for (int r = 0; r < R; ++r)
             for (int i = 0; i < G; ++i) {
                 sum[0][r][i] = broadcast<T>(bias ? bias[r] : T(0));
-                if constexpr (CHAINS > 1) sum[1][r][i] = Vec<T>{};
+                for (int c = 1; c < CHAINS; ++c) sum[c][r][i] = Vec<T>{};
             }
+        const auto add = [&](int64_t k, int c) {
+            const T *xk = x + k * LANES<T> + g, *wk = w + k * R;
+            Vec<T> value[G];
+            for (int i = 0; i < G; ++i) value[i] = load(xk + i * W);
+            for (int r = 0; r < R; ++r)
+                for (int i = 0; i < G; ++i) sum[c][r][i] += value[i] * wk[r];
+        };
         int64_t k = 0;
         for (; k + CHAINS <= cols; k += CHAINS)
-            for (int c = 0; c < CHAINS; ++c) {
-                const T* xk = x + (k + c) * LANES<T> + g;
-                const T* wk = w + (k + c) * R;
-                Vec<T> value[G];
-                for (int i = 0; i < G; ++i) value[i] = load(xk + i * W);
-                for (int r = 0; r < R; ++r)
-                    for (int i = 0; i < G; ++i) sum[c][r][i] += value[i] * wk[r];
-            }
-        if constexpr (CHAINS > 1) {
-            if (k < cols)
-                for (int r = 0; r < R; ++r)
-                    for (int i = 0; i < G; ++i)
-                        sum[0][r][i] += load(x + k * LANES<T> + g + i * W) * w[k * R + r];
+            for (int c = 0; c < CHAINS; ++c) add(k + c, c);
+        for (; k < cols; ++k) add(k, 0);
+        for (int c = 1; c < CHAINS; ++c)
             for (int r = 0; r < R; ++r)
-                for (int i = 0; i < G; ++i) sum[0][r][i] += sum[1][r][i];
-        }
+                for (int i = 0; i < G; ++i) sum[0][r][i] += sum[c][r][i];
         for (int r = 0; r < R; ++r)
             for (int i = 0; i < G; ++i) store(out + r * LANES<T> + g + i * W, sum[0][r][i]);
     }
 }
 
-template <int R, class T>
+template <int R, int G, class T>
 static void product_rows(int64_t rows, const T* w, const T* bias, const T* x, int64_t cols,
-                         T* out) {
+                         T* out, int lanes) {
     if constexpr (R > 0) {
         if (rows == R)
-            product_block<R>(w, bias, x, cols, out);
+            product_block<R, G>(w, bias, x, cols, out, lanes);
         else
-            product_rows<R - 1>(rows, w, bias, x, cols, out);
+            product_rows<R - 1, G>(rows, w, bias, x, cols, out, lanes);
     }
 }
 
@@ -106,36 +124,46 @@ constexpr const T* NO_BIAS = nullptr;
 
 // out = matrix * x + bias, on (rows, LANES) and (cols, LANES); a bias may be missing.
 template <class T>
-static void product(const Matrix<T>& m, const T* bias, const T* x, T* out) {
+static void product(const Matrix<T>& m, const T* bias, const T* x, T* out,
+                    int lanes = LANES<T>) {
     for (int64_t first = 0; first < m.rows; first += m.height) {
         const int64_t rows = std::min<int64_t>(m.height, m.rows - first);
         const T* w = m.data.data() + first * m.cols;
         const T* b = bias ? bias + first : nullptr;
-        product_rows<ROWS<T>>(rows, w, b, x, m.cols, out + first * LANES<T>);
+        with_group<T>(lanes, [&](auto group) {
+            product_rows<ROWS<T>, decltype(group)::value>(rows, w, b, x, m.cols,
+                                                          out + first * LANES<T>, lanes);
+        });
     }
 }
 
-// out = activation of x, of N registers.
-template <Activation A, int N, class T>
-static inline void activate_registers(const T* x, T* out) {
+// out = activation of x, of R rows and G registers of each.
+template <Activation A, int R, int G, class T>
+static inline void activate_block(const T* x, T* out) {
+    constexpr int W = width<T>, N = R * G;
     Vec<T> z[N];
-    for (int k = 0; k < N; ++k) z[k] = load(x + k * width<T>);
+    for (int k = 0; k < N; ++k) z[k] = load(x + k / G * LANES<T> + k % G * W);
     if constexpr (A == Activation::sigmoid || A == Activation::tanh)
         logistic_of_power<T, N>(z, z);
     else
         for (int k = 0; k < N; ++k) z[k] = activate<A, T>(z[k]);
-    for (int k = 0; k < N; ++k) store(out + k * width<T>, z[k]);
+    for (int k = 0; k < N; ++k) store(out + k / G * LANES<T> + k % G * W, z[k]);
 }
 
 // out = activation of x, of `rows` rows. Apart from the products, whose sums fill all
 // registers.
 template <Activation A, class T>
-static void activate_rows(int64_t rows, const T* x, T* out) {
-    constexpr int N = 4;
-    const int64_t n = rows * LANES<T>;
-    int64_t i = 0;
-    for (; i + N * width<T> <= n; i += N * width<T>) activate_registers<A, N>(x + i, out + i);
-    for (; i < n; i += width<T>) activate_registers<A, 1>(x + i, out + i);
+static void activate_rows(int64_t rows, const T* x, T* out, int lanes = LANES<T>) {
+    with_group<T>(lanes, [&](auto group) {
+        constexpr int G = decltype(group)::value, R = 4 / G;
+        for (int g = 0; g < lanes; g += G * width<T>) {
+            int64_t r = 0;
+            for (; r + R <= rows; r += R)
+                activate_block<A, R, G>(x + r * LANES<T> + g, out + r * LANES<T> + g);
+            for (; r < rows; ++r)
+                activate_block<A, 1, G>(x + r * LANES<T> + g, out + r * LANES<T> + g);
+        }
+    });
 }
 
 // Turn a block of width x width values around: rows become columns.
@@ -466,16 +494,16 @@ public:
         turned_ = arena_.take((network.widest() + width<T>) * LANES<T> * n_stages);
     }
 
-    // slope = f(x) on (inputs, LANES).
-    void evaluate(const T* x, T* slope) {
+    // slope = f(x) on (inputs, LANES), in the leading lanes.
+    void evaluate(const T* x, T* slope, int lanes) {
         const size_t last = net_.depth() - 1;
         for (size_t l = 0; l < last; ++l) {
             T* out = l % 2 ? pong_ : ping_;
-            product(net_.forward[l], net_.bias[l].data(), x, out);
-            activate_rows<A>(net_.out(l), out, out);
+            product(net_.forward[l], net_.bias[l].data(), x, out, lanes);
+            activate_rows<A>(net_.out(l), out, out, lanes);
             x = out;
         }
-        product(net_.forward[last], net_.bias[last].data(), x, slope);
+        product(net_.forward[last], net_.bias[last].data(), x, slope, lanes);
     }
 
     // The same; keep what the reverse of this stage needs.

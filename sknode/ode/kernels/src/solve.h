@@ -36,18 +36,21 @@ public:
         return {page.y + at * dim_, page.t + at, page.t1 + at, page.outputs + at};
     }
 
-    void add(const bool* moved, const T* state, int64_t dim, const double* start,
-             const double* end, const int64_t* output) {
+    // Add a step of a lane, from another lane of what is given.
+    void add(int lane, const Step<T>& given, int from, int64_t dim) {
         dim_ = dim;
-        for (int l = 0; l < LANES<T>; ++l) {
-            if (!moved[l]) continue;
-            const int64_t i = counts[l]++;
-            if (i == size && size++ % PAGE == 0) add_page();
-            const Step<T> step = (*this)[i];
-            for (int64_t j = 0; j < dim; ++j)
-                step.y[j * LANES<T> + l] = state[j * LANES<T> + l];
-            step.t[l] = start[l], step.t1[l] = end[l], step.outputs[l] = output[l];
-        }
+        const int64_t i = counts[lane]++;
+        if (i == size && size++ % PAGE == 0) add_page();
+        const Step<T> step = (*this)[i];
+        for (int64_t j = 0; j < dim; ++j)
+            step.y[j * LANES<T> + lane] = given.y[j * LANES<T> + from];
+        step.t[lane] = given.t[from], step.t1[lane] = given.t1[from];
+        step.outputs[lane] = given.outputs[from];
+    }
+
+    // Let the steps of a lane from `first` on be another's last ones, too.
+    void copy(int from, int64_t first, int to) {
+        for (int64_t i = first; i < counts[from]; ++i) add(to, (*this)[i], from, dim_);
     }
 
     // Those with the most steps first: lanes that take them up in this order end at
@@ -223,9 +226,9 @@ protected:
 
     void evaluate(int, T* state, const double* times, T* slope) final {
         if (net_.uses_time)
-            for (int l = 0; l < LANES<T>; ++l)
+            for (int l = 0; l < this->lanes_; ++l)
                 state[this->size_ + l] = static_cast<T>(times[l] * this->sign_[l]);
-        evaluator_.evaluate(state, slope);
+        evaluator_.evaluate(state, slope, this->lanes_);
     }
 };
 
@@ -268,7 +271,8 @@ private:
         first_ = queue.next.fetch_add(LANES<T>);
         if (first_ >= queue.end) return false;
         n_ = static_cast<int>(std::min<int64_t>(LANES<T>, queue.end - first_));
-        for (int l = 0; l < LANES<T>; ++l) {
+        this->lanes_ = lanes_for<T>(n_);
+        for (int l = 0; l < this->lanes_; ++l) {
             const Times times(this->p_, first_ + (l < n_ ? l : 0));
             this->sign_[l] = times.sign;
             this->t_[l] = times[0];
@@ -287,7 +291,7 @@ class TileSolver final : public NetworkStepper<E> {
     using T = typename Base::T;
     using Base::arena_, Base::rk_, Base::rows_, Base::size_;
     using Base::y_, Base::k_, Base::state_, Base::moved_, Base::started_, Base::running_;
-    using Base::t_, Base::t1_, Base::length_, Base::sign_;
+    using Base::lanes_, Base::t_, Base::t1_, Base::length_, Base::sign_;
     using Base::p_, Base::initial, Base::combine, Base::evaluate_stage;
 
 public:
@@ -301,6 +305,7 @@ public:
 
     // Solve samples until there are none; record their steps on request.
     void solve(Queue& queue, TileRecord<T>* record) {
+        lanes_ = LANES<T>;
         for (int l = 0; l < LANES<T>; ++l) {
             sample_[l] = NOBODY, running_[l] = false, output_[l] = 0;
             sign_[l] = 1, this->next_[l] = 0;
@@ -342,15 +347,41 @@ private:
         }
     }
 
-    // Lanes that are done take the next samples, as long as there are any.
+    // Lanes that are done take the next samples, as long as there are any; then, the
+    // leading lanes take those of the others, if there are enough of them.
     void fill_lanes(Queue& queue, TileRecord<T>* record) {
-        for (int l = 0; l < LANES<T>; ++l)
+        int running = 0;
+        for (int l = 0; l < lanes_; ++l) {
             while (!running_[l]) {
                 if (sample_[l] != NOBODY) leave(l, record);
                 const int waiting = entrance_.next(queue);
                 if (waiting < 0) break;
                 enter(l, waiting, record);
             }
+            running += running_[l];
+        }
+        if (running && lanes_for<T>(running) < lanes_) narrow(lanes_for<T>(running), record);
+    }
+
+    void narrow(int lanes, TileRecord<T>* record) {
+        for (int to = 0, from = lanes; from < lanes_; ++from) {
+            if (!running_[from]) continue;
+            while (running_[to]) ++to;
+            go_over(to, from, record);
+        }
+        lanes_ = lanes;
+    }
+
+    // The sample of a lane goes to another one, which is idle.
+    void go_over(int to, int from, TileRecord<T>* record) {
+        this->take(to, *this, from);
+        sample_[to] = sample_[from], n_dense_[to] = n_dense_[from];
+        output_[to] = output_[from], first_output_[to] = first_output_[from];
+        sample_[from] = NOBODY, running_[from] = false;
+        if (!record) return;
+        const int64_t first = record->counts[to];
+        record->copy(from, first_step_[from], to);
+        first_step_[to] = first;
     }
 
     void enter(int l, int waiting, const TileRecord<T>* record) {
@@ -394,18 +425,17 @@ private:
     void step(TileRecord<T>* record) {
         alignas(64) double ratio[LANES<T>];
         this->attempt(ratio);
-        int64_t before[LANES<T>];
-        std::copy(output_, output_ + LANES<T>, before);
+        for (int l = 0; record && l < lanes_; ++l)
+            if (moved_[l]) record->add(l, {y_, t_, t1_, output_}, l, rows_);
         if (p_.n_times > 2) write_outputs();
-        if (record) record->add(moved_, y_, rows_, t_, t1_, before);
         this->conclude(ratio);
-        for (int l = 0; l < LANES<T>; ++l) aim_at_grid(l);
+        for (int l = 0; l < lanes_; ++l) aim_at_grid(l);
     }
 
     // Evaluate the dense output where output times fell into a step.
     void write_outputs() {
         bool any = false;
-        for (int l = 0; l < LANES<T>; ++l)
+        for (int l = 0; l < lanes_; ++l)
             if (moved_[l] && output_[l] < p_.n_times - 1)
                 any = any || Times(p_, sample_[l])[output_[l]] <= t1_[l];
         if (!any) return;
@@ -414,13 +444,13 @@ private:
             evaluate_stage(i, state_, slope_extra());
         }
         for (int m = 0; m < rk_.degree; ++m)
-            for (int64_t at = 0; at < size_; at += width<T>) {
+            this->each_register([&](int64_t at, int) {
                 Vec<T> sum{};
                 for (int j = 0; j < rk_.n_extended; ++j)
                     sum += load(k_ + j * size_ + at) * rk_.dense[j * rk_.degree + m];
                 store(polynomial_ + m * size_ + at, sum);
-            }
-        for (int l = 0; l < LANES<T>; ++l) {
+            });
+        for (int l = 0; l < lanes_; ++l) {
             if (!moved_[l]) continue;
             const Times times(p_, sample_[l]);
             const int64_t before = output_[l];
