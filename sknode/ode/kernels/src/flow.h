@@ -235,14 +235,17 @@ public:
         turned_ = arena_.take((net_.widest() + width<T>) * LANES<T> * n_stages);
     }
 
-    // slope = f(x), of (dim, LANES), on (inputs, LANES), in all lanes.
+    // All lanes are computed, however few of them count.
+    static int lanes_for(int) { return LANES<T>; }
+
+    // slope = f(x), of (dim, LANES), on (inputs, LANES).
     void evaluate(const T* x, T* slope, int) { run<false>(0, x, slope); }
 
     // The same; keep what the reverse of this stage needs.
-    void linearize(int stage, const T* x, T* slope) { run<true>(stage, x, slope); }
+    void linearize(int stage, const T* x, T* slope, int) { run<true>(stage, x, slope); }
 
     // out (dim, LANES) = (df/dx)^T cotangent at a stage.
-    void pullback(int s, const T* cotangent, T* out) {
+    void pullback(int s, const T* cotangent, T* out, int) {
         constexpr int W = width<T>;
         const int64_t end = net_.size * LANES<T>;
         const T* of_change = cotangent + end;
@@ -287,7 +290,7 @@ public:
     }
 
     // Add the parameter gradients of n stages.
-    void accumulate(std::vector<LayerSum<T>>& sums, const T*, const T*, int n) {
+    void accumulate(std::vector<LayerSum<T>>& sums, const T*, const T*, int n, int) {
         for (int64_t l = 0; l < net_.hidden; ++l)
             sums[l].add(kept_[l].delta[0], l ? layers_[l - 1].value[0] : y_[0], n, turned_);
         sums[net_.last()].add(slope_delta_[0], layers_.back().value[0], n, turned_);

@@ -19,13 +19,6 @@ constexpr int GROUP = 2;
 template <class T>
 constexpr int ROWS = SKNODE_REGISTERS == 32 ? 20 / GROUP<T> : 10 / GROUP<T>;
 
-// The lanes of as few registers as n samples take: of one, or of some groups.
-template <class T>
-constexpr int lanes_for(int n) {
-    constexpr int group = GROUP<T> * width<T>;
-    return n <= width<T> ? width<T> : (n + group - 1) / group * group;
-}
-
 // Call `action` with the number of registers to take together, as a constant.
 template <class T, class Action>
 SKNODE_INLINE void with_group(int lanes, const Action& action) {
@@ -33,6 +26,14 @@ SKNODE_INLINE void with_group(int lanes, const Action& action) {
         action(std::integral_constant<int, 1>{});
     else
         action(std::integral_constant<int, GROUP<T>>{});
+}
+
+// Call `action(at, g)` for the registers of leading lanes: where they are in an array of
+// whole rows, and where within their row.
+template <class T, class Action>
+SKNODE_INLINE void each_register(int64_t size, int lanes, const Action& action) {
+    for (int64_t row = 0; row < size; row += LANES<T>)
+        for (int g = 0; g < lanes; g += width<T>) action(row + g, g);
 }
 
 // Memory for a thread, aligned, given out piece by piece.
@@ -181,12 +182,13 @@ static inline void turn_pairs(Vec<T>* rows, std::integer_sequence<int, E...>) {
     }
 }
 
-// Copy (n, LANES) to (LANES, stride), stride a multiple of the register's width.
+// Copy leading lanes of (n, LANES) to (lanes, stride), stride a multiple of the
+// register's width.
 template <class T>
-static void turn(const T* from, int64_t n, T* to, int64_t stride) {
+static void turn(const T* from, int64_t n, T* to, int64_t stride, int lanes) {
     constexpr int W = width<T>;
     for (int64_t i = 0; i < n; i += W)
-        for (int g = 0; g < LANES<T>; g += W) {
+        for (int g = 0; g < lanes; g += W) {
             Vec<T> rows[W];
             for (int r = 0; r < W; ++r)
                 rows[r] = i + r < n ? load(from + (i + r) * LANES<T> + g) : Vec<T>{};
@@ -198,14 +200,14 @@ static void turn(const T* from, int64_t n, T* to, int64_t stride) {
 // gradient (R rows, N registers) += sum over stages and lanes of delta * x.
 template <int R, int N, class T>
 static inline void outer_block(const T* delta, int64_t delta_stage, const T* x,
-                               int64_t stride, int n_stages, T* gradient) {
+                               int64_t stride, int n_stages, T* gradient, int lanes) {
     constexpr int W = width<T>;
     Vec<T> sum[R][N];
     for (int r = 0; r < R; ++r)
         for (int i = 0; i < N; ++i) sum[r][i] = load(gradient + r * stride + i * W);
     for (int s = 0; s < n_stages; ++s) {
         const T* d = delta + s * delta_stage;
-        for (int lane = 0; lane < LANES<T>; ++lane) {
+        for (int lane = 0; lane < lanes; ++lane) {
             Vec<T> value[N];
             for (int i = 0; i < N; ++i) value[i] = load(x + i * W);
             for (int r = 0; r < R; ++r)
@@ -219,18 +221,18 @@ static inline void outer_block(const T* delta, int64_t delta_stage, const T* x,
 
 template <int N, class T>
 static void outer_column(int64_t rows, const T* delta, int64_t delta_stage, const T* x,
-                         int64_t stride, int n_stages, T* gradient) {
+                         int64_t stride, int n_stages, T* gradient, int lanes) {
     constexpr int R = SKNODE_REGISTERS == 32 ? 8 : 4;
     int64_t r = 0;
     for (; r + R <= rows; r += R)
         outer_block<R, N>(delta + r * LANES<T>, delta_stage, x, stride, n_stages,
-                          gradient + r * stride);
+                          gradient + r * stride, lanes);
     for (; r + 2 <= rows; r += 2)
         outer_block<2, N>(delta + r * LANES<T>, delta_stage, x, stride, n_stages,
-                          gradient + r * stride);
+                          gradient + r * stride, lanes);
     for (; r < rows; ++r)
         outer_block<1, N>(delta + r * LANES<T>, delta_stage, x, stride, n_stages,
-                          gradient + r * stride);
+                          gradient + r * stride, lanes);
 }
 
 // Sums of registers, reduced a register's width of them at a time.
@@ -260,13 +262,14 @@ private:
 // sums (R x C registers) += delta * x over stages and lanes, lane by lane.
 template <int R, int C, class T>
 static inline void lanes_block(const T* delta, int64_t delta_stage, const T* x,
-                               int64_t x_stage, int n_stages, T* sums, int64_t stride) {
+                               int64_t x_stage, int n_stages, T* sums, int64_t stride,
+                               int lanes) {
     constexpr int W = width<T>;
     Vec<T> sum[R][C];
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < C; ++c) sum[r][c] = load(sums + r * stride + c * W);
     for (int s = 0; s < n_stages; ++s)
-        for (int g = 0; g < LANES<T>; g += W) {
+        for (int g = 0; g < lanes; g += W) {
             Vec<T> value[C];
             for (int c = 0; c < C; ++c) value[c] = load(x + s * x_stage + c * LANES<T> + g);
             for (int r = 0; r < R; ++r) {
@@ -280,14 +283,14 @@ static inline void lanes_block(const T* delta, int64_t delta_stage, const T* x,
 
 template <int R, class T>
 static void lanes_rows(int64_t cols, const T* delta, int64_t delta_stage, const T* x,
-                       int64_t x_stage, int n_stages, T* sums, int64_t stride) {
+                       int64_t x_stage, int n_stages, T* sums, int64_t stride, int lanes) {
     int64_t c = 0;
     for (; c + 4 <= cols; c += 4)
         lanes_block<R, 4>(delta, delta_stage, x + c * LANES<T>, x_stage, n_stages,
-                          sums + c * width<T>, stride);
+                          sums + c * width<T>, stride, lanes);
     for (; c < cols; ++c)
         lanes_block<R, 1>(delta, delta_stage, x + c * LANES<T>, x_stage, n_stages,
-                          sums + c * width<T>, stride);
+                          sums + c * width<T>, stride, lanes);
 }
 
 // The gradient of one layer, summed over the samples of a block. Small layers keep a
@@ -297,7 +300,7 @@ struct LayerSum {
     int64_t rows, cols, stride;
     bool small;   // whether there is a register for every weight
     bool turned;  // whether the sum runs along registers of inputs or of lanes
-    T *weight, *bias, *lanes = nullptr, *bias_lanes = nullptr;
+    T *weight, *bias, *sums = nullptr, *bias_sums = nullptr;
 
     LayerSum(int64_t rows, int64_t cols, Arena<T>& arena) : rows(rows), cols(cols) {
         stride = (cols + width<T> - 1) / width<T> * width<T>;
@@ -307,16 +310,17 @@ struct LayerSum {
         weight = arena.take(rows * stride);
         bias = arena.take(rows);
         if (!small) return;
-        lanes = arena.take(rows * cols * width<T>);
-        bias_lanes = arena.take(rows * width<T>);
+        sums = arena.take(rows * cols * width<T>);
+        bias_sums = arena.take(rows * width<T>);
     }
 
-    // Add the stages of a step: delta (stages, rows, LANES), x (stages, cols, LANES).
-    void add(const T* delta, const T* x, int n_stages, T* scratch) {
+    // Add the stages of a step: delta (stages, rows, LANES), x (stages, cols, LANES), of
+    // the leading lanes.
+    void add(const T* delta, const T* x, int n_stages, T* scratch, int lanes = LANES<T>) {
         if (small)
-            add_small(delta, x, n_stages);
+            add_small(delta, x, n_stages, lanes);
         else
-            add_large(delta, x, n_stages, scratch);
+            add_large(delta, x, n_stages, scratch, lanes);
     }
 
     // All has been added.
@@ -324,9 +328,9 @@ struct LayerSum {
         if (!small) return;
         Totals<T> totals;
         for (int64_t r = 0; r < rows; ++r) {
-            totals.add(load(bias_lanes + r * width<T>), bias + r);
+            totals.add(load(bias_sums + r * width<T>), bias + r);
             for (int64_t c = 0; c < cols; ++c)
-                totals.add(load(lanes + (r * cols + c) * width<T>), weight + r * stride + c);
+                totals.add(load(sums + (r * cols + c) * width<T>), weight + r * stride + c);
         }
         totals.flush();
     }
@@ -335,52 +339,52 @@ private:
     // a part of the second-level cache
     static constexpr int64_t SMALL_BYTES = 1 << 17;
 
-    void add_small(const T* delta, const T* x, int n_stages) {
+    void add_small(const T* delta, const T* x, int n_stages, int lanes) {
         constexpr int W = width<T>, R = SKNODE_REGISTERS == 32 ? 4 : 2;
         const int64_t delta_stage = rows * LANES<T>, x_stage = cols * LANES<T>;
         int64_t r = 0;
         for (; r + R <= rows; r += R)
             lanes_rows<R>(cols, delta + r * LANES<T>, delta_stage, x, x_stage, n_stages,
-                          lanes + r * cols * W, cols * W);
+                          sums + r * cols * W, cols * W, lanes);
         for (; r < rows; ++r)
             lanes_rows<1>(cols, delta + r * LANES<T>, delta_stage, x, x_stage, n_stages,
-                          lanes + r * cols * W, cols * W);
+                          sums + r * cols * W, cols * W, lanes);
         for (r = 0; r < rows; ++r) {
-            Vec<T> sum = load(bias_lanes + r * W);
+            Vec<T> sum = load(bias_sums + r * W);
             for (int s = 0; s < n_stages; ++s)
-                for (int g = 0; g < LANES<T>; g += W)
+                for (int g = 0; g < lanes; g += W)
                     sum += load(delta + s * delta_stage + r * LANES<T> + g);
-            store(bias_lanes + r * W, sum);
+            store(bias_sums + r * W, sum);
         }
     }
 
-    void add_large(const T* delta, const T* x, int n_stages, T* scratch) {
+    void add_large(const T* delta, const T* x, int n_stages, T* scratch, int lanes) {
         constexpr int W = width<T>;
         const int64_t delta_stage = rows * LANES<T>, x_stage = cols * LANES<T>;
         Totals<T> totals;
         for (int64_t r = 0; r < rows; ++r) {
             Vec<T> sum{};
             for (int s = 0; s < n_stages; ++s)
-                for (int g = 0; g < LANES<T>; g += W)
+                for (int g = 0; g < lanes; g += W)
                     sum += load(delta + s * delta_stage + r * LANES<T> + g);
             totals.add(sum, bias + r);
         }
         if (turned) {
             for (int s = 0; s < n_stages; ++s)
-                turn(x + s * x_stage, cols, scratch + s * LANES<T> * stride, stride);
+                turn(x + s * x_stage, cols, scratch + s * lanes * stride, stride, lanes);
             int64_t c = 0;
             for (; c + 2 * W <= stride; c += 2 * W)
                 outer_column<2>(rows, delta, delta_stage, scratch + c, stride, n_stages,
-                                weight + c);
+                                weight + c, lanes);
             for (; c < stride; c += W)
                 outer_column<1>(rows, delta, delta_stage, scratch + c, stride, n_stages,
-                                weight + c);
+                                weight + c, lanes);
         } else {
             for (int64_t r = 0; r < rows; ++r)
                 for (int64_t c = 0; c < cols; ++c) {
                     Vec<T> sum{};
                     for (int s = 0; s < n_stages; ++s)
-                        for (int g = 0; g < LANES<T>; g += W)
+                        for (int g = 0; g < lanes; g += W)
                             sum += load(delta + s * delta_stage + r * LANES<T> + g) *
                                    load(x + s * x_stage + c * LANES<T> + g);
                     totals.add(sum, weight + r * stride + c);
@@ -494,6 +498,12 @@ public:
         turned_ = arena_.take((network.widest() + width<T>) * LANES<T> * n_stages);
     }
 
+    // The lanes to compute for n samples: those of one register, or of groups.
+    static int lanes_for(int n) {
+        constexpr int group = GROUP<T> * width<T>;
+        return n <= width<T> ? width<T> : (n + group - 1) / group * group;
+    }
+
     // slope = f(x) on (inputs, LANES), in the leading lanes.
     void evaluate(const T* x, T* slope, int lanes) {
         const size_t last = net_.depth() - 1;
@@ -507,42 +517,43 @@ public:
     }
 
     // The same; keep what the reverse of this stage needs.
-    void linearize(int stage, const T* x, T* slope) {
+    void linearize(int stage, const T* x, T* slope, int lanes = LANES<T>) {
         const size_t last = net_.depth() - 1;
         for (size_t l = 0; l < last; ++l) {
             T* out = at(values_[l], l, stage);
             T* argument = keeps_argument<A> ? at(arguments_[l], l, stage) : out;
-            product(net_.forward[l], net_.bias[l].data(), x, argument);
-            activate_rows<A>(net_.out(l), argument, out);
+            product(net_.forward[l], net_.bias[l].data(), x, argument, lanes);
+            activate_rows<A>(net_.out(l), argument, out, lanes);
             x = out;
         }
-        product(net_.forward[last], net_.bias[last].data(), x, slope);
+        product(net_.forward[last], net_.bias[last].data(), x, slope, lanes);
     }
 
     // out (dim, LANES) = (df/dx)^T cotangent at a stage.
-    void pullback(int stage, const T* cotangent, T* out) {
+    void pullback(int stage, const T* cotangent, T* out, int lanes = LANES<T>) {
         const T* delta = cotangent;
         for (size_t l = net_.depth() - 1; l > 0; --l) {
             T* to = at(deltas_[l - 1], l - 1, stage);
-            product(net_.backward[l], NO_BIAS<T>, delta, to);
+            product(net_.backward[l], NO_BIAS<T>, delta, to, lanes);
             const T* kept =
                 at(keeps_argument<A> ? arguments_[l - 1] : values_[l - 1], l - 1, stage);
-            for (int64_t i = 0; i < net_.out(l - 1) * LANES<T>; i += width<T>)
+            each_register<T>(net_.out(l - 1) * LANES<T>, lanes, [&](int64_t i, int) {
                 store(to + i, load(to + i) * slope<A, T>(load(kept + i)));
+            });
             delta = to;
         }
-        product(net_.backward[0], NO_BIAS<T>, delta, out);
+        product(net_.backward[0], NO_BIAS<T>, delta, out, lanes);
     }
 
-    // Add the parameter gradients of n stages: states (stages, inputs, LANES),
-    // cotangents (stages, dim, LANES).
+    // Add the parameter gradients of n stages and the leading lanes: states (stages,
+    // inputs, LANES), cotangents (stages, dim, LANES).
     void accumulate(std::vector<LayerSum<T>>& sums, const T* states, const T* cotangents,
-                    int n) {
+                    int n, int lanes) {
         const size_t last = net_.depth() - 1;
         for (size_t l = 0; l <= last; ++l) {
             const T* delta = l < last ? deltas_[l] : cotangents;
             const T* x = l > 0 ? values_[l - 1] : states;
-            sums[l].add(delta, x, n, turned_);
+            sums[l].add(delta, x, n, turned_, lanes);
         }
     }
 

@@ -271,7 +271,7 @@ private:
         first_ = queue.next.fetch_add(LANES<T>);
         if (first_ >= queue.end) return false;
         n_ = static_cast<int>(std::min<int64_t>(LANES<T>, queue.end - first_));
-        this->lanes_ = lanes_for<T>(n_);
+        this->lanes_ = E::lanes_for(n_);
         for (int l = 0; l < this->lanes_; ++l) {
             const Times times(this->p_, first_ + (l < n_ ? l : 0));
             this->sign_[l] = times.sign;
@@ -284,6 +284,17 @@ private:
         return true;
     }
 };
+
+// Let `go_over(to, from)` free all lanes but the leading ones; return how many are left.
+template <class Busy, class GoOver>
+static int narrow(const Busy* busy, int before, int lanes, const GoOver& go_over) {
+    for (int to = 0, from = lanes; from < before; ++from) {
+        if (!busy[from]) continue;
+        while (busy[to]) ++to;
+        go_over(to, from);
+    }
+    return lanes;
+}
 
 template <class E>
 class TileSolver final : public NetworkStepper<E> {
@@ -360,16 +371,9 @@ private:
             }
             running += running_[l];
         }
-        if (running && lanes_for<T>(running) < lanes_) narrow(lanes_for<T>(running), record);
-    }
-
-    void narrow(int lanes, TileRecord<T>* record) {
-        for (int to = 0, from = lanes; from < lanes_; ++from) {
-            if (!running_[from]) continue;
-            while (running_[to]) ++to;
+        lanes_ = narrow(running_, lanes_, E::lanes_for(running), [&](int to, int from) {
             go_over(to, from, record);
-        }
-        lanes_ = lanes;
+        });
     }
 
     // The sample of a lane goes to another one, which is idle.
@@ -444,7 +448,7 @@ private:
             evaluate_stage(i, state_, slope_extra());
         }
         for (int m = 0; m < rk_.degree; ++m)
-            this->each_register([&](int64_t at, int) {
+            each_register<T>(size_, lanes_, [&](int64_t at, int) {
                 Vec<T> sum{};
                 for (int j = 0; j < rk_.n_extended; ++j)
                     sum += load(k_ + j * size_ + at) * rk_.dense[j * rk_.degree + m];
@@ -496,16 +500,16 @@ public:
 
     void reverse(const TileRecord<T>& record, std::vector<LayerSum<T>>& sums) {
         std::fill(lam_, lam_ + size_, T(0)), std::fill(y_, y_ + size_, T(0));
-        next_ = 0;
-        for (int l = 0; l < LANES<T>; ++l) {
+        next_ = 0, lanes_ = LANES<T>;
+        for (int l = 0; l < lanes_; ++l) {
             sign_[l] = 1, t_[l] = t1_[l] = 0;
             enter_next(l, record);
         }
-        while (any_left()) {
+        while (narrow_to_busy()) {
             watch_.look();
             read_steps(record);
             step(record, sums);
-            for (int l = 0; l < LANES<T>; ++l) {
+            for (int l = 0; l < lanes_; ++l) {
                 if (!stay_[l] || --at_[l] >= stay_[l]->first) continue;
                 leave(l, *stay_[l]);
                 enter_next(l, record);
@@ -530,6 +534,7 @@ private:
     const Stay* stay_[LANES<T>];  // or null, where nothing is left to do
     int64_t at_[LANES<T>];        // its step, in its lane of the record
     size_t next_;
+    int lanes_;  // those that are computed, the leading ones
 
     const T* cotangent(int64_t sample, int64_t column) const {
         return grad_ + (sample * p_.n_times + column) * dim_;
@@ -540,10 +545,16 @@ private:
         for (int64_t i = 0; i < dim_; ++i) lam_[i * LANES<T> + lane] += g[i];
     }
 
-    bool any_left() const {
-        for (int l = 0; l < LANES<T>; ++l)
-            if (stay_[l]) return true;
-        return false;
+    // Compute no more lanes than those that are busy take; return whether there are any.
+    bool narrow_to_busy() {
+        int busy = 0;
+        for (int l = 0; l < lanes_; ++l) busy += stay_[l] != nullptr;
+        lanes_ = narrow(stay_, lanes_, E::lanes_for(busy), [&](int to, int from) {
+            stay_[to] = stay_[from], at_[to] = at_[from], sign_[to] = sign_[from];
+            for (int64_t i = 0; i < size_; i += LANES<T>) lam_[i + to] = lam_[i + from];
+            stay_[from] = nullptr;
+        });
+        return busy > 0;
     }
 
     // Go to the end of the next sample; of those that took no steps, to their start.
@@ -570,7 +581,7 @@ private:
 
     // Fetch the step that each lane goes back over.
     void read_steps(const TileRecord<T>& record) {
-        for (int l = 0; l < LANES<T>; ++l) {
+        for (int l = 0; l < lanes_; ++l) {
             if (stay_[l]) {
                 const int from = stay_[l]->lane;
                 const Step<T> step = record[at_[l]];
@@ -583,31 +594,31 @@ private:
     }
 
     void step(const TileRecord<T>& record, std::vector<LayerSum<T>>& sums) {
-        constexpr int W = width<T>;
         const bool dense = gather_outputs(record);
         const int n = dense ? rk_.n_extended : rk_.n_stages - 1;
 
         for (int i = 0; i < n; ++i) {
             T* state = states_ + i * wide_;
             const T* a = rk_.row(i);
-            for (int64_t at = 0; at < size_; at += W) {
+            each_register<T>(size_, lanes_, [&](int64_t at, int) {
                 Vec<T> sum = load(y_ + at);
                 for (int j = 0; j < i; ++j) sum += load(k_ + j * size_ + at) * a[j];
                 store(state + at, sum);
-            }
+            });
             if (net_.uses_time)
-                for (int l = 0; l < LANES<T>; ++l)
+                for (int l = 0; l < lanes_; ++l)
                     state[dim_ * LANES<T> + l] =
                         static_cast<T>(stage_time(rk_.c[i], t_[l], t1_[l]) * sign_[l]);
             T* k = k_ + i * size_;
-            evaluator_.linearize(i, state, k);
-            for (int64_t at = 0; at < size_; at += W)
-                store(k + at, load(k + at) * load(h_ + at % LANES<T>));
+            evaluator_.linearize(i, state, k, lanes_);
+            each_register<T>(size_, lanes_, [&](int64_t at, int g) {
+                store(k + at, load(k + at) * load(h_ + g));
+            });
         }
 
         for (int i = n - 1; i >= 0; --i) {
             T* kappa = kappa_ + i * size_;
-            for (int64_t at = 0; at < size_; at += W) {
+            each_register<T>(size_, lanes_, [&](int64_t at, int g) {
                 Vec<T> sum = load(lam_ + at) * b_[i];
                 for (int j = n - 1; j > i; --j)
                     sum += load(back_ + j * size_ + at) * rk_.row(j)[i];
@@ -615,24 +626,24 @@ private:
                     for (int m = 0; m < rk_.degree; ++m)
                         sum += load(moments_ + (m + 1) * size_ + at) *
                                rk_.dense[i * rk_.degree + m];
-                store(kappa + at, sum * load(h_ + at % LANES<T>));
-            }
-            evaluator_.pullback(i, kappa, back_ + i * size_);
+                store(kappa + at, sum * load(h_ + g));
+            });
+            evaluator_.pullback(i, kappa, back_ + i * size_, lanes_);
         }
-        evaluator_.accumulate(sums, states_, kappa_, n);
-        for (int64_t at = 0; at < size_; at += W) {
+        evaluator_.accumulate(sums, states_, kappa_, n, lanes_);
+        each_register<T>(size_, lanes_, [&](int64_t at, int) {
             Vec<T> sum = load(lam_ + at);
             for (int i = n - 1; i >= 0; --i) sum += load(back_ + i * size_ + at);
             if (dense) sum += load(moments_ + at);
             store(lam_ + at, sum);
-        }
+        });
     }
 
     // The cotangents of a step's outputs, by the power of their place in it.
     bool gather_outputs(const TileRecord<T>& record) {
         if (p_.n_times <= 2) return false;
         bool any = false;
-        for (int l = 0; l < LANES<T>; ++l) {
+        for (int l = 0; l < lanes_; ++l) {
             if (!stay_[l]) continue;
             const Stay& stay = *stay_[l];
             const int64_t from = record[at_[l]].outputs[stay.lane];

@@ -61,14 +61,6 @@ protected:
     alignas(64) double history_[2][LANES<T>];  // of errors, the last one first
     int64_t status_[LANES<T>], n_steps_[LANES<T>], n_rejected_[LANES<T>];
 
-    // Call `action(at, g)` for every register that is computed: where it is in an array
-    // of all rows, and where within its row.
-    template <class Action>
-    void each_register(const Action& action) const {
-        for (int64_t row = 0; row < size_; row += LANES<T>)
-            for (int g = 0; g < lanes_; g += width<T>) action(row + g, g);
-    }
-
     bool any_running() const {
         for (int l = 0; l < lanes_; ++l)
             if (running_[l]) return true;
@@ -207,7 +199,7 @@ protected:
             h_[l] = static_cast<T>(h0[l] * sign_[l]);
             at[l] = std::min(t_[l] + h0[l], t_end_[l]);
         }
-        each_register([&](int64_t at, int g) {
+        each_register<T>(size_, lanes_, [&](int64_t at, int g) {
             store(state_ + at, load(y_ + at) + load(slope_ + at) * load(h_ + g));
         });
         evaluate(1, state_, at, slope1_);
@@ -234,13 +226,15 @@ protected:
 
     void scale_stage(int stage, const T* slope) {
         T* k = k_ + stage * size_;
-        each_register([&](int64_t at, int g) { store(k + at, load(slope + at) * load(h_ + g)); });
+        each_register<T>(size_, lanes_, [&](int64_t at, int g) {
+            store(k + at, load(slope + at) * load(h_ + g));
+        });
     }
 
     // state = y + sum of the stages so far
     void combine(int stage, T* state) const {
         const T* a = rk_.row(stage);
-        each_register([&](int64_t at, int) {
+        each_register<T>(size_, lanes_, [&](int64_t at, int) {
             Vec<T> sum = load(y_ + at);
             for (int j = 0; j < stage; ++j) sum += load(k_ + j * size_ + at) * a[j];
             store(state + at, sum);
@@ -305,7 +299,7 @@ protected:
             return;
         }
         for (int l = 0; l < lanes_; ++l) moves_[l] = moved[l] ? T(1) : T(0);
-        each_register([&](int64_t at, int g) {
+        each_register<T>(size_, lanes_, [&](int64_t at, int g) {
             const auto goes = load(moves_ + g) > T(0);
             store(y_ + at, goes ? load(y1_ + at) : load(y_ + at));
             store(slope_ + at, goes ? load(slope1_ + at) : load(slope_ + at));
