@@ -44,8 +44,8 @@ class TileAdjoint final : TileStepper<T> {
 public:
     TileAdjoint(const AdjointProblem& problem, const Network<T>& network,
                 const Coefficients<T>& rk, Watch& watch)
-        : Base(problem.solve.control, rk, watch, 2 * network.dim), a_(problem),
-          p_(problem.solve), net_(network), dim_(network.dim), half_(dim_ * LANES<T>),
+        : Base(problem.solve.control, rk, watch, 2 * network.dim, network.uses_time),
+          a_(problem), p_(problem.solve), net_(network), dim_(network.dim), half_(dim_ * LANES<T>),
           wide_(network.inputs * LANES<T>), slots_(rk),
           evaluator_(network, rk.n_stages, true) {
         inputs_ = arena_.take(wide_ * rk.n_stages);
@@ -86,7 +86,7 @@ private:
         const int slot = slots_[stage];
         T *input = inputs_ + slot * wide_, *minus_a = cotangents_ + slot * half_;
         std::memcpy(input, state, half_ * sizeof(T));
-        if (net_.uses_time)
+        if (this->uses_time_)
             for (int l = 0; l < LANES<T>; ++l)
                 input[half_ + l] = static_cast<T>(times[l] * sign_[l]);
         for (int64_t i = 0; i < half_; i += width<T>) store(minus_a + i, -load(state + half_ + i));

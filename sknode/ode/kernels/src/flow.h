@@ -16,7 +16,7 @@ public:
     Activation activation;
     std::vector<Matrix<T>> forward, backward;
     std::vector<T> modulation_bias, log_weights, centres, variances;
-    Matrix<T> to_axes{0, 0}, from_axes{0, 0};
+    Matrix<T> to_axes, from_axes;
 
     explicit FlowNetwork(const Model& model)
         : dim(model.dim), inputs(model.dim + 1), size(model.dim - 1),
@@ -34,11 +34,10 @@ public:
         copy(model.flow.mixture.centres, n_components * size, centres);
         copy(model.flow.mixture.variances, n_components * size, variances);
         const T* axes = static_cast<const T*>(model.flow.mixture.axes);
-        to_axes = Matrix<T>(n_components * size, size);
-        from_axes = Matrix<T>(size, n_components * size);
-        for (int64_t r = 0; r < size; ++r)
-            for (int64_t c = 0; c < n_components * size; ++c)
-                from_axes.at(r, c) = to_axes.at(c, r) = axes[r * n_components * size + c];
+        const int64_t n = n_components * size;
+        const auto at = [&](int64_t r, int64_t c) { return axes[r * n + c]; };
+        from_axes = Matrix<T>(size, n, at);
+        to_axes = Matrix<T>(n, size, [&](int64_t c, int64_t r) { return at(r, c); });
     }
 
     size_t depth() const { return layers_.size(); }
@@ -80,11 +79,9 @@ private:
     }
 
     void add(const T* weight, int64_t rows, int64_t cols) {
-        forward.emplace_back(rows, cols);
-        backward.emplace_back(cols, rows);
-        for (int64_t r = 0; r < rows; ++r)
-            for (int64_t c = 0; c < cols; ++c)
-                forward.back().at(r, c) = backward.back().at(c, r) = weight[r * cols + c];
+        const auto at = [&](int64_t r, int64_t c) { return weight[r * cols + c]; };
+        forward.emplace_back(rows, cols, at);
+        backward.emplace_back(cols, rows, [&](int64_t c, int64_t r) { return at(r, c); });
     }
 };
 

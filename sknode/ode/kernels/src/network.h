@@ -63,15 +63,20 @@ struct Matrix {
     int64_t rows = 0, cols = 0, height = 1;
     std::vector<T> data;
 
-    Matrix(int64_t rows, int64_t cols) : rows(rows), cols(cols), data(rows * cols) {
+    Matrix() = default;
+
+    // Entries are `value(row, col)`.
+    template <class Value>
+    Matrix(int64_t rows, int64_t cols, const Value& value)
+        : rows(rows), cols(cols), data(rows * cols) {
         const int64_t blocks = std::max<int64_t>((rows + ROWS<T> - 1) / ROWS<T>, 1);
         height = std::max<int64_t>((rows + blocks - 1) / blocks, 1);
-    }
-
-    T& at(int64_t row, int64_t col) {
-        const int64_t first = row / height * height;
-        const int64_t n = std::min<int64_t>(height, rows - first);
-        return data[first * cols + col * n + (row - first)];
+        T* to = data.data();
+        for (int64_t first = 0; first < rows; first += height) {
+            const int64_t end = std::min<int64_t>(first + height, rows);
+            for (int64_t c = 0; c < cols; ++c)
+                for (int64_t r = first; r < end; ++r) *to++ = value(r, c);
+        }
     }
 };
 
@@ -459,19 +464,18 @@ private:
         const bool activated = l + 1 < layers_.size();
         const T outer = activated ? factor_ : 1, inner = l > 0 ? scale_ : 1;
         const T power = activated ? power_ : 1;
+        forward.emplace_back(layer.out, layer.in, [&](int64_t r, int64_t c) {
+            return weight[r * layer.in + c] * (outer * inner * power);
+        });
         const int64_t back = l == 0 ? dim : layer.in;  // no cotangent of time
-        forward.emplace_back(layer.out, layer.in);
-        backward.emplace_back(back, layer.out);
+        backward.emplace_back(back, layer.out, [&](int64_t c, int64_t r) {
+            return weight[r * layer.in + c] * (outer * inner);
+        });
         bias.emplace_back(layer.out);
         for (int64_t r = 0; r < layer.out; ++r) {
             T sum = 0;
-            for (int64_t c = 0; c < layer.in; ++c) {
-                const T w = weight[r * layer.in + c];
-                sum += w;
-                forward[l].at(r, c) = w * (outer * inner * power);
-                if (c < back) backward[l].at(c, r) = w * (outer * inner);
-            }
-            bias[l][r] = ((b ? b[r] : T(0)) + (l > 0 ? shift_ * sum : T(0))) * (outer * power);
+            for (int64_t c = 0; l > 0 && c < layer.in; ++c) sum += weight[r * layer.in + c];
+            bias[l][r] = ((b ? b[r] : T(0)) + shift_ * sum) * (outer * power);
         }
     }
 };

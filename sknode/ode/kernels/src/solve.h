@@ -213,11 +213,10 @@ protected:
 
     NetworkStepper(const Problem& problem, const typename E::Net& network,
                    const Coefficients<T>& rk, Watch& watch, E& evaluator)
-        : Base(problem.control, rk, watch, network.dim), p_(problem), net_(network),
+        : Base(problem.control, rk, watch, network.dim, network.uses_time), p_(problem),
           evaluator_(evaluator) {}
 
     const Problem& p_;
-    const typename E::Net& net_;
     E& evaluator_;
 
     const T* initial(int64_t sample) const {
@@ -225,7 +224,7 @@ protected:
     }
 
     void evaluate(int, T* state, const double* times, T* slope) final {
-        if (net_.uses_time)
+        if (this->uses_time_)
             for (int l = 0; l < this->lanes_; ++l)
                 state[this->size_ + l] = static_cast<T>(times[l] * this->sign_[l]);
         evaluator_.evaluate(state, slope, this->lanes_);

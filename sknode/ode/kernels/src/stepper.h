@@ -31,8 +31,10 @@ static inline double stage_time(double c, double t, double t1) {
 template <class T>
 class TileStepper {
 protected:
-    TileStepper(const Control& control, const Coefficients<T>& rk, Watch& watch, int64_t rows)
-        : control_(control), rk_(rk), watch_(watch), rows_(rows), size_(rows * LANES<T>) {
+    TileStepper(const Control& control, const Coefficients<T>& rk, Watch& watch, int64_t rows,
+                bool uses_time)
+        : control_(control), rk_(rk), watch_(watch), uses_time_(uses_time), rows_(rows),
+          size_(rows * LANES<T>) {
         // states to evaluate at have room for the time
         const int64_t wide = size_ + LANES<T>;
         y_ = arena_.take(size_), slope_ = arena_.take(size_), y1_ = arena_.take(wide);
@@ -49,6 +51,7 @@ protected:
     const Control& control_;
     const Coefficients<T>& rk_;
     Watch& watch_;
+    const bool uses_time_;  // whether `evaluate` does
     const int64_t rows_, size_;
     Arena<T> arena_;
     int lanes_ = LANES<T>;
@@ -243,7 +246,7 @@ protected:
 
     void evaluate_stage(int stage, T* state, T* slope) {
         double times[LANES<T>];
-        for (int l = 0; l < lanes_; ++l)
+        for (int l = 0; uses_time_ && l < lanes_; ++l)
             times[l] = stage_time(rk_.c[stage], t_[l], t1_[l]);
         evaluate(stage, state, times, slope);
         scale_stage(stage, slope);
