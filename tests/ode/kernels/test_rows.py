@@ -66,20 +66,21 @@ def test_rows_do_not_depend_on_the_batch(
 
 @pytest.mark.parametrize("dim", [1, 2, 7, 16])
 @pytest.mark.parametrize("width", [1, 3, 33])
+@pytest.mark.parametrize("gradient", ["discrete", "continuous"])
 def test_gradients_of_a_row_do_not_depend_on_the_batch(
-    dim, width, instruction_set, make_field, make_states
+    dim, width, gradient, instruction_set, make_field, make_states
 ):
     field, t = make_field(dim, (width,), "silu", time=True), rows_of_times(37, 4)
     y0 = make_states(37, dim)
 
-    def gradient(index):
+    def differentiate(index):
         start = y0[index].requires_grad_()
-        y = solve_ode(field, start, t[index]).y
+        y = solve_ode(field, start, t[index], gradient=gradient).y
         return torch.autograd.grad(y.sin().sum(), start)[0]
 
-    everyone = gradient(torch.arange(37))
+    everyone = differentiate(torch.arange(37))
     for index in (torch.arange(37).flip(0), torch.arange(5), torch.tensor([36])):
-        assert torch.equal(gradient(index), everyone[index])
+        assert torch.equal(differentiate(index), everyone[index])
 
 
 def outcomes(field, y0, t, **settings):

@@ -521,7 +521,7 @@ public:
     }
 
     // The same; keep what the reverse of this stage needs.
-    void linearize(int stage, const T* x, T* slope, int lanes = LANES<T>) {
+    void linearize(int stage, const T* x, T* slope, int lanes) {
         const size_t last = net_.depth() - 1;
         for (size_t l = 0; l < last; ++l) {
             T* out = at(values_[l], l, stage);
@@ -534,7 +534,7 @@ public:
     }
 
     // out (dim, LANES) = (df/dx)^T cotangent at a stage.
-    void pullback(int stage, const T* cotangent, T* out, int lanes = LANES<T>) {
+    void pullback(int stage, const T* cotangent, T* out, int lanes) {
         const T* delta = cotangent;
         for (size_t l = net_.depth() - 1; l > 0; --l) {
             T* to = at(deltas_[l - 1], l - 1, stage);
@@ -563,19 +563,19 @@ public:
 
     // The same for n stages from one on, with weights of shape (n, LANES).
     void accumulate(std::vector<LayerSum<T>>& sums, const T* states, const T* cotangents,
-                    int from, int n, const T* weights) {
+                    int from, int n, const T* weights, int lanes) {
         if (!weighted_) weighted_ = arena_.take(net_.widest() * LANES<T> * n_stages_);
         const size_t last = net_.depth() - 1;
         for (size_t l = 0; l <= last; ++l) {
             const int64_t size = net_.out(l) * LANES<T>;
             const T* delta = (l < last ? deltas_[l] : cotangents) + from * size;
             for (int s = 0; s < n; ++s)
-                for (int64_t i = 0; i < size; i += width<T>)
-                    store(weighted_ + s * size + i,
-                          load(delta + s * size + i) *
-                              load(weights + s * LANES<T> + i % LANES<T>));
+                each_register<T>(size, lanes, [&](int64_t at, int g) {
+                    store(weighted_ + s * size + at,
+                          load(delta + s * size + at) * load(weights + s * LANES<T> + g));
+                });
             const T* x = l > 0 ? values_[l - 1] : states;
-            sums[l].add(weighted_, x + from * net_.in(l) * LANES<T>, n, turned_);
+            sums[l].add(weighted_, x + from * net_.in(l) * LANES<T>, n, turned_, lanes);
         }
     }
 
