@@ -26,6 +26,30 @@ def test_activations_and_depths(
         compare(field, make_states(21, 3), T, **ADAPTIVE)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("activation", ["sigmoid", "tanh"])
+def test_arguments_of_any_size(dtype, activation, instruction_set, make_field):
+    # y1' = activation(8 y0), for one step: what overflows is at the end of the range
+    limits = torch.finfo(dtype)
+    x = torch.linspace(-100, 100, 2001, dtype=dtype)
+    ends = torch.tensor([1e3, 1e5, 1e30, limits.max, limits.tiny, 0], dtype=dtype)
+    x = torch.cat([x, ends, -ends])
+    field = make_field(2, (1,), activation, biases=False, dtype=dtype)
+    with torch.no_grad():
+        field.layers[0].weight.copy_(torch.tensor([[8.0, 0.0]]))
+        field.layers[1].weight.copy_(torch.tensor([[0.0], [1.0]]))
+        y0 = torch.stack([x, torch.zeros_like(x)], 1)
+        solution = solve_ode(field, y0, [0.0, 1.0], method="euler", step_size=1.0)
+    got = solution.y[:, -1, 1].double()
+    expected = getattr(torch, activation)(8 * x.double())
+    error = (got - expected).abs()
+    if activation == "sigmoid":
+        # the argument is rounded, which shows where it is large
+        relative = limits.eps * (2 + 8 * x.abs().clamp(max=100).double())
+        assert (error < 2 * limits.tiny + relative * expected).all()
+    assert error.max() < 2 * limits.eps
+
+
 def error(outcome, exact):
     """Return the largest error of the states, and of gradients relative to theirs."""
     pairs = zip(outcome.gradients, exact.gradients, strict=True)

@@ -1,9 +1,11 @@
 """A result is its sample's own: neighbours, place and threads do not matter to it."""
 
+import warnings
+
 import pytest
 import torch
 
-from sknode.ode import kernels, solve_ode
+from sknode.ode import SolverWarning, kernels, solve_ode
 
 SETTINGS = [
     {"rtol": 1e-5, "atol": 1e-5},
@@ -64,20 +66,58 @@ def test_rows_do_not_depend_on_the_batch(
 
 @pytest.mark.parametrize("dim", [1, 2, 7, 16])
 @pytest.mark.parametrize("width", [1, 3, 33])
+@pytest.mark.parametrize("gradient", ["discrete", "continuous"])
 def test_gradients_of_a_row_do_not_depend_on_the_batch(
-    dim, width, instruction_set, make_field, make_states
+    dim, width, gradient, instruction_set, make_field, make_states
 ):
     field, t = make_field(dim, (width,), "silu", time=True), rows_of_times(37, 4)
     y0 = make_states(37, dim)
 
-    def gradient(index):
+    def differentiate(index):
         start = y0[index].requires_grad_()
-        y = solve_ode(field, start, t[index]).y
+        y = solve_ode(field, start, t[index], gradient=gradient).y
         return torch.autograd.grad(y.sin().sum(), start)[0]
 
-    everyone = gradient(torch.arange(37))
+    everyone = differentiate(torch.arange(37))
     for index in (torch.arange(37).flip(0), torch.arange(5), torch.tensor([36])):
-        assert torch.equal(gradient(index), everyone[index])
+        assert torch.equal(differentiate(index), everyone[index])
+
+
+def outcomes(field, y0, t, **settings):
+    """Return all that a solve leaves of every row, recorded and not."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SolverWarning)
+        with torch.no_grad():
+            found = [solve_ode(field, y0, t, **settings)]
+        start = y0.clone().requires_grad_()
+        found.append(solve_ode(field, start, t, **settings))
+    yield torch.autograd.grad(found[1].y.sin().sum(), start)[0]
+    for solution in found:
+        yield from (solution.y, solution.status, solution.t_reached)
+        yield from solution.stats.values()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("n_times", [2, 5])
+def test_rows_that_end_at_different_times(
+    dtype, n_times, instruction_set, make_field, make_states
+):
+    # the last ones of a tile move together, whatever lanes they were in
+    field = make_field(3, (11, 6), gain=3, dtype=dtype)
+    y0 = make_states(90, 3, dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    length = 12 * torch.rand(90, 1, generator=generator, dtype=torch.float64) ** 5
+    length[[4, 17]] = 0
+    t = length * torch.linspace(0, 1, n_times, dtype=torch.float64)
+    settings = {"rtol": 1e-5, "atol": 1e-5, "max_steps": 42}
+    alone = [list(outcomes(field, y0[[i]], t[[i]], **settings)) for i in range(len(y0))]
+    expected = [torch.cat(rows) for rows in zip(*alone, strict=True)]
+    status = expected[2]
+    assert 0 < (status > 0).sum() < 10
+    for n in (5, 16, 17, 33, 40, 90):
+        together = outcomes(field, y0[:n], t[:n], **settings)
+        for one, two in zip(together, expected, strict=True):
+            assert torch.equal(one, two[:n])
 
 
 def test_a_failing_neighbour_changes_nothing(

@@ -37,15 +37,15 @@ struct Slots {
 template <Activation A, class T>
 class TileAdjoint final : TileStepper<T> {
     using Base = TileStepper<T>;
-    using Base::arena_, Base::size_, Base::running_, Base::moved_;
+    using Base::arena_, Base::size_, Base::lanes_, Base::running_, Base::moved_;
     using Base::y_, Base::slope_, Base::state_;
     using Base::t_, Base::t_end_, Base::length_, Base::sign_;
 
 public:
     TileAdjoint(const AdjointProblem& problem, const Network<T>& network,
                 const Coefficients<T>& rk, Watch& watch)
-        : Base(problem.solve.control, rk, watch, 2 * network.dim), a_(problem),
-          p_(problem.solve), net_(network), dim_(network.dim), half_(dim_ * LANES<T>),
+        : Base(problem.solve.control, rk, watch, 2 * network.dim, network.uses_time),
+          a_(problem), p_(problem.solve), net_(network), dim_(network.dim), half_(dim_ * LANES<T>),
           wide_(network.inputs * LANES<T>), slots_(rk),
           evaluator_(network, rk.n_stages, true) {
         inputs_ = arena_.take(wide_ * rk.n_stages);
@@ -56,6 +56,7 @@ public:
     void solve(int64_t first, std::vector<LayerSum<T>>& sums) {
         first_ = first;
         n_ = static_cast<int>(std::min<int64_t>(LANES<T>, p_.batch - first));
+        lanes_ = Evaluator<A, T>::lanes_for(n_);
         if (!start()) return;
         this->run([&] { step(sums); });
         finish();
@@ -86,12 +87,12 @@ private:
         const int slot = slots_[stage];
         T *input = inputs_ + slot * wide_, *minus_a = cotangents_ + slot * half_;
         std::memcpy(input, state, half_ * sizeof(T));
-        if (net_.uses_time)
-            for (int l = 0; l < LANES<T>; ++l)
+        if (this->uses_time_)
+            for (int l = 0; l < lanes_; ++l)
                 input[half_ + l] = static_cast<T>(times[l] * sign_[l]);
         for (int64_t i = 0; i < half_; i += width<T>) store(minus_a + i, -load(state + half_ + i));
-        evaluator_.linearize(slot, input, slope);
-        evaluator_.pullback(slot, minus_a, slope + half_);
+        evaluator_.linearize(slot, input, slope, lanes_);
+        evaluator_.pullback(slot, minus_a, slope + half_, lanes_);
     }
 
     // Add the cotangent of an output.
@@ -114,7 +115,7 @@ private:
         if (one == n_) return false;
         std::fill(y_, y_ + size_, T(0));
         slots_.swapped = false;
-        for (int lane = 0; lane < LANES<T>; ++lane) {
+        for (int lane = 0; lane < lanes_; ++lane) {
             // lanes that stay are a copy of one that does not: the field is defined there
             const bool goes = active(lane);
             const int l = goes ? lane : one;
@@ -134,7 +135,7 @@ private:
             while (times[lowest_[lane]] == times[0]) ++lowest_[lane];
         }
         this->begin();
-        for (int l = 0; l < LANES<T>; ++l)
+        for (int l = 0; l < lanes_; ++l)
             if (running_[l] && column_[l] >= lowest_[l])
                 this->aim(l, -Times(p_, first_ + l)[column_[l]],
                           1e-6 * std::max(p_.control.step_size, 0.0));
@@ -145,10 +146,10 @@ private:
         alignas(64) double ratio[LANES<T>];
         this->attempt(ratio);
         bool any = false;
-        for (int l = 0; l < LANES<T>; ++l) any = any || moved_[l];
+        for (int l = 0; l < lanes_; ++l) any = any || moved_[l];
         if (any) {
             add_up(ratio, sums);
-            for (int l = 0; l < LANES<T>; ++l)
+            for (int l = 0; l < lanes_; ++l)
                 if (running_[l] && !moved_[l]) keep_first(l);
             slots_.swapped = !slots_.swapped;
         }
@@ -172,7 +173,7 @@ private:
     // Add the parameters' gradients over the step.
     void add_up(const double* ratio, std::vector<LayerSum<T>>& sums) {
         const int from = slots_.begin(), n = slots_.used;
-        for (int l = 0; l < LANES<T>; ++l) {
+        for (int l = 0; l < lanes_; ++l) {
             const double factor = moved_[l] ? length_[l] * sign_[l] * scale_[l] : 0.0;
             for (int i = 0; i < n; ++i)
                 weights_[i * LANES<T> + l] = static_cast<T>(slots_.weight(from + i) * factor);
@@ -180,7 +181,7 @@ private:
             const bool constant = this->control_.step_size > 0;
             if (!moved_[l] && (constant || !std::isfinite(ratio[l]))) clear(l);
         }
-        evaluator_.accumulate(sums, inputs_, cotangents_, from, n, weights_);
+        evaluator_.accumulate(sums, inputs_, cotangents_, from, n, weights_, lanes_);
     }
 
     // Make a lane's inner stages numbers again.

@@ -16,7 +16,7 @@ public:
     Activation activation;
     std::vector<Matrix<T>> forward, backward;
     std::vector<T> modulation_bias, log_weights, centres, variances;
-    Matrix<T> to_axes{0, 0}, from_axes{0, 0};
+    Matrix<T> to_axes, from_axes;
 
     explicit FlowNetwork(const Model& model)
         : dim(model.dim), inputs(model.dim + 1), size(model.dim - 1),
@@ -34,11 +34,10 @@ public:
         copy(model.flow.mixture.centres, n_components * size, centres);
         copy(model.flow.mixture.variances, n_components * size, variances);
         const T* axes = static_cast<const T*>(model.flow.mixture.axes);
-        to_axes = Matrix<T>(n_components * size, size);
-        from_axes = Matrix<T>(size, n_components * size);
-        for (int64_t r = 0; r < size; ++r)
-            for (int64_t c = 0; c < n_components * size; ++c)
-                from_axes.at(r, c) = to_axes.at(c, r) = axes[r * n_components * size + c];
+        const int64_t n = n_components * size;
+        const auto at = [&](int64_t r, int64_t c) { return axes[r * n + c]; };
+        from_axes = Matrix<T>(size, n, at);
+        to_axes = Matrix<T>(n, size, [&](int64_t c, int64_t r) { return at(r, c); });
     }
 
     size_t depth() const { return layers_.size(); }
@@ -80,11 +79,9 @@ private:
     }
 
     void add(const T* weight, int64_t rows, int64_t cols) {
-        forward.emplace_back(rows, cols);
-        backward.emplace_back(cols, rows);
-        for (int64_t r = 0; r < rows; ++r)
-            for (int64_t c = 0; c < cols; ++c)
-                forward.back().at(r, c) = backward.back().at(c, r) = weight[r * cols + c];
+        const auto at = [&](int64_t r, int64_t c) { return weight[r * cols + c]; };
+        forward.emplace_back(rows, cols, at);
+        backward.emplace_back(cols, rows, [&](int64_t c, int64_t r) { return at(r, c); });
     }
 };
 
@@ -235,14 +232,17 @@ public:
         turned_ = arena_.take((net_.widest() + width<T>) * LANES<T> * n_stages);
     }
 
+    // All lanes are computed, however few of them count.
+    static int lanes_for(int) { return LANES<T>; }
+
     // slope = f(x), of (dim, LANES), on (inputs, LANES).
-    void evaluate(const T* x, T* slope) { run<false>(0, x, slope); }
+    void evaluate(const T* x, T* slope, int) { run<false>(0, x, slope); }
 
     // The same; keep what the reverse of this stage needs.
-    void linearize(int stage, const T* x, T* slope) { run<true>(stage, x, slope); }
+    void linearize(int stage, const T* x, T* slope, int) { run<true>(stage, x, slope); }
 
     // out (dim, LANES) = (df/dx)^T cotangent at a stage.
-    void pullback(int s, const T* cotangent, T* out) {
+    void pullback(int s, const T* cotangent, T* out, int) {
         constexpr int W = width<T>;
         const int64_t end = net_.size * LANES<T>;
         const T* of_change = cotangent + end;
@@ -287,7 +287,7 @@ public:
     }
 
     // Add the parameter gradients of n stages.
-    void accumulate(std::vector<LayerSum<T>>& sums, const T*, const T*, int n) {
+    void accumulate(std::vector<LayerSum<T>>& sums, const T*, const T*, int n, int) {
         for (int64_t l = 0; l < net_.hidden; ++l)
             sums[l].add(kept_[l].delta[0], l ? layers_[l - 1].value[0] : y_[0], n, turned_);
         sums[net_.last()].add(slope_delta_[0], layers_.back().value[0], n, turned_);

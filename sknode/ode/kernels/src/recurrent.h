@@ -24,24 +24,30 @@ public:
     Matrix<T> backward;  // of cotangents for (r, z, hidden)
 
     explicit GatedUnit(const Recurrence& p)
-        : n_inputs(p.n_inputs), size(p.size), gates(2 * size, n_inputs + size),
-          given(size, n_inputs), hidden(size, size), gates_bias(2 * size), given_bias(size),
-          hidden_bias(size), backward(size, 3 * size) {
+        : n_inputs(p.n_inputs), size(p.size), gates_bias(2 * size), given_bias(size),
+          hidden_bias(size) {
         const T* input_weight = static_cast<const T*>(p.parameters[0]);
         const T* hidden_weight = static_cast<const T*>(p.parameters[1]);
         const T* input_bias = static_cast<const T*>(p.parameters[2]);
         const T* hidden_bias_ = static_cast<const T*>(p.parameters[3]);
+        const auto from_x = [&](int64_t r, int64_t c) { return input_weight[r * n_inputs + c]; };
+        const auto from_h = [&](int64_t r, int64_t c) { return hidden_weight[r * size + c]; };
+        gates = Matrix<T>(2 * size, n_inputs + size, [&](int64_t row, int64_t c) {
+            return (c < n_inputs ? from_x(row, c) : from_h(row, c - n_inputs)) * POWER;
+        });
+        const int64_t n = 2 * size;  // its first row
+        given = Matrix<T>(size, n_inputs, [&](int64_t r, int64_t c) {
+            return from_x(n + r, c) * (2 * POWER);
+        });
+        hidden = Matrix<T>(size, size, [&](int64_t r, int64_t c) {
+            return from_h(n + r, c) * (2 * POWER);
+        });
+        backward = Matrix<T>(size, 3 * size, [&](int64_t c, int64_t row) {
+            return from_h(row, c) * scale(row);
+        });
         for (int64_t row = 0; row < 3 * size; ++row) {
             const T factor = scale(row) * POWER;
-            const T* from_x = input_weight + row * n_inputs;
-            const T* from_h = hidden_weight + row * size;
-            const int64_t r = row - 2 * size;  // of n
-            for (int64_t c = 0; c < n_inputs; ++c)
-                (r < 0 ? gates.at(row, c) : given.at(r, c)) = from_x[c] * factor;
-            for (int64_t c = 0; c < size; ++c) {
-                (r < 0 ? gates.at(row, n_inputs + c) : hidden.at(r, c)) = from_h[c] * factor;
-                backward.at(c, row) = from_h[c] * scale(row);
-            }
+            const int64_t r = row - n;
             if (r < 0) {
                 gates_bias[row] = (input_bias[row] + hidden_bias_[row]) * factor;
             } else {

@@ -133,22 +133,6 @@ SKNODE_INLINE Vec<T> reciprocal(Vec<T> x) {
     return T(1) / x;
 }
 
-// Between two bounds. What is not a number stays so.
-template <class T>
-SKNODE_INLINE Vec<T> clamp(Vec<T> x, T low, T high) {
-    const auto lo = broadcast<T>(low), hi = broadcast<T>(high);
-#if SKNODE_VECTOR_BYTES == 64
-    // of two operands, these instructions return the second one if one is not a number
-    if constexpr (sizeof(T) == 4)
-        return _mm512_min_ps(hi, _mm512_max_ps(lo, x));
-    else
-        return _mm512_min_pd(hi, _mm512_max_pd(lo, x));
-#else
-    x = x < lo ? lo : x;
-    return x > hi ? hi : x;
-#endif
-}
-
 // 2^u = 2^n * p(u - n), n an integer: p - 1 is r times the polynomial in these
 // coefficients, the highest first, through the Chebyshev nodes of |r| <= 1/2.
 template <class T>
@@ -175,24 +159,66 @@ struct PowerOfTwo<double> {
         2.40226506959100982e-1,  6.93147180559945309e-1};
 };
 
+// u = n + rest, n the nearest integer, for p(rest) * 2^n + 1: `power` is n or 2^n, as
+// `one_plus` wants it. Where 2^u would be infinite or, but for AVX-512, subnormal, u is
+// taken to be at the bound. What is not a number stays so.
+template <class T>
+struct Split {
+    Vec<T> power, rest;
+};
+
+template <class T>
+SKNODE_INLINE Split<T> split(Vec<T> u) {
+    using P = PowerOfTwo<T>;
+    const auto hi = broadcast<T>(P::bound);
+#if SKNODE_VECTOR_BYTES == 64
+    // of two operands, a minimum is the second one if one is not a number
+    constexpr int nearest = _MM_FROUND_TO_NEAREST_INT;
+    if constexpr (sizeof(T) == 4) {
+        const Vec<T> x = _mm512_min_ps(hi, u), rest = _mm512_reduce_ps(x, nearest);
+        return {x - rest, rest};
+    } else {
+        const Vec<T> x = _mm512_min_pd(hi, u), rest = _mm512_reduce_pd(x, nearest);
+        return {x - rest, rest};
+    }
+#else
+    const auto lo = broadcast<T>(-P::bound);
+    u = u < lo ? lo : u;
+    u = u > hi ? hi : u;
+    const Vec<T> shifted = u + P::magic;
+    const auto bits = (reinterpret_cast<const typename Simd<T>::I&>(shifted) << P::mantissa) +
+                      (P::bias << P::mantissa);
+    return {reinterpret_cast<const Vec<T>&>(bits), u - (shifted - P::magic)};
+#endif
+}
+
+template <class T>
+SKNODE_INLINE Vec<T> one_plus(Vec<T> p, Vec<T> power) {
+#if SKNODE_VECTOR_BYTES == 64
+    if constexpr (sizeof(T) == 4)
+        return _mm512_scalef_ps(p, power) + T(1);
+    else
+        return _mm512_scalef_pd(p, power) + T(1);
+#else
+    return p * power + T(1);
+#endif
+}
+
 // 1 / (1 + 2^u): arguments that are made for it need no reduction by multiples of log(2).
 // N registers at once: one alone would wait for each of its operations.
 template <class T, int N>
 SKNODE_INLINE void logistic_of_power(const Vec<T>* u, Vec<T>* out) {
     using P = PowerOfTwo<T>;
-    Vec<T> r[N], scale[N], p[N];
+    Split<T> parts[N];
+    Vec<T> p[N];
     for (int i = 0; i < N; ++i) {
-        const Vec<T> x = clamp<T>(u[i], -P::bound, P::bound), shifted = x + P::magic;
-        r[i] = x - (shifted - P::magic);
-        const auto bits = (reinterpret_cast<const typename Simd<T>::I&>(shifted) << P::mantissa) +
-                          (P::bias << P::mantissa);
-        scale[i] = reinterpret_cast<const Vec<T>&>(bits);
+        parts[i] = split<T>(u[i]);
         p[i] = broadcast<T>(P::coefficients[0]);
     }
     for (size_t k = 1; k < std::size(P::coefficients); ++k)
-        for (int i = 0; i < N; ++i) p[i] = p[i] * r[i] + P::coefficients[k];
-    for (int i = 0; i < N; ++i) p[i] = p[i] * r[i] + T(1);
-    for (int i = 0; i < N; ++i) p[i] = p[i] * scale[i] + T(1);
+        for (int i = 0; i < N; ++i) p[i] = p[i] * parts[i].rest + P::coefficients[k];
+    for (int i = 0; i < N; ++i) p[i] = p[i] * parts[i].rest + T(1);
+    for (int i = 0; i < N; ++i) p[i] = one_plus<T>(p[i], parts[i].power);
     for (int i = 0; i < N; ++i) out[i] = reciprocal<T>(p[i]);
 }
 

@@ -36,18 +36,21 @@ public:
         return {page.y + at * dim_, page.t + at, page.t1 + at, page.outputs + at};
     }
 
-    void add(const bool* moved, const T* state, int64_t dim, const double* start,
-             const double* end, const int64_t* output) {
+    // Add a step of a lane, from another lane of what is given.
+    void add(int lane, const Step<T>& given, int from, int64_t dim) {
         dim_ = dim;
-        for (int l = 0; l < LANES<T>; ++l) {
-            if (!moved[l]) continue;
-            const int64_t i = counts[l]++;
-            if (i == size && size++ % PAGE == 0) add_page();
-            const Step<T> step = (*this)[i];
-            for (int64_t j = 0; j < dim; ++j)
-                step.y[j * LANES<T> + l] = state[j * LANES<T> + l];
-            step.t[l] = start[l], step.t1[l] = end[l], step.outputs[l] = output[l];
-        }
+        const int64_t i = counts[lane]++;
+        if (i == size && size++ % PAGE == 0) add_page();
+        const Step<T> step = (*this)[i];
+        for (int64_t j = 0; j < dim; ++j)
+            step.y[j * LANES<T> + lane] = given.y[j * LANES<T> + from];
+        step.t[lane] = given.t[from], step.t1[lane] = given.t1[from];
+        step.outputs[lane] = given.outputs[from];
+    }
+
+    // Let the steps of a lane from `first` on be another's last ones, too.
+    void copy(int from, int64_t first, int to) {
+        for (int64_t i = first; i < counts[from]; ++i) add(to, (*this)[i], from, dim_);
     }
 
     // Those with the most steps first: lanes that take them up in this order end at
@@ -210,11 +213,10 @@ protected:
 
     NetworkStepper(const Problem& problem, const typename E::Net& network,
                    const Coefficients<T>& rk, Watch& watch, E& evaluator)
-        : Base(problem.control, rk, watch, network.dim), p_(problem), net_(network),
+        : Base(problem.control, rk, watch, network.dim, network.uses_time), p_(problem),
           evaluator_(evaluator) {}
 
     const Problem& p_;
-    const typename E::Net& net_;
     E& evaluator_;
 
     const T* initial(int64_t sample) const {
@@ -222,10 +224,10 @@ protected:
     }
 
     void evaluate(int, T* state, const double* times, T* slope) final {
-        if (net_.uses_time)
-            for (int l = 0; l < LANES<T>; ++l)
+        if (this->uses_time_)
+            for (int l = 0; l < this->lanes_; ++l)
                 state[this->size_ + l] = static_cast<T>(times[l] * this->sign_[l]);
-        evaluator_.evaluate(state, slope);
+        evaluator_.evaluate(state, slope, this->lanes_);
     }
 };
 
@@ -268,7 +270,8 @@ private:
         first_ = queue.next.fetch_add(LANES<T>);
         if (first_ >= queue.end) return false;
         n_ = static_cast<int>(std::min<int64_t>(LANES<T>, queue.end - first_));
-        for (int l = 0; l < LANES<T>; ++l) {
+        this->lanes_ = E::lanes_for(n_);
+        for (int l = 0; l < this->lanes_; ++l) {
             const Times times(this->p_, first_ + (l < n_ ? l : 0));
             this->sign_[l] = times.sign;
             this->t_[l] = times[0];
@@ -281,13 +284,24 @@ private:
     }
 };
 
+// Let `go_over(to, from)` free all lanes but the leading ones; return how many are left.
+template <class Busy, class GoOver>
+static int narrow(const Busy* busy, int before, int lanes, const GoOver& go_over) {
+    for (int to = 0, from = lanes; from < before; ++from) {
+        if (!busy[from]) continue;
+        while (busy[to]) ++to;
+        go_over(to, from);
+    }
+    return lanes;
+}
+
 template <class E>
 class TileSolver final : public NetworkStepper<E> {
     using Base = NetworkStepper<E>;
     using T = typename Base::T;
     using Base::arena_, Base::rk_, Base::rows_, Base::size_;
     using Base::y_, Base::k_, Base::state_, Base::moved_, Base::started_, Base::running_;
-    using Base::t_, Base::t1_, Base::length_, Base::sign_;
+    using Base::lanes_, Base::t_, Base::t1_, Base::length_, Base::sign_;
     using Base::p_, Base::initial, Base::combine, Base::evaluate_stage;
 
 public:
@@ -301,6 +315,7 @@ public:
 
     // Solve samples until there are none; record their steps on request.
     void solve(Queue& queue, TileRecord<T>* record) {
+        lanes_ = LANES<T>;
         for (int l = 0; l < LANES<T>; ++l) {
             sample_[l] = NOBODY, running_[l] = false, output_[l] = 0;
             sign_[l] = 1, this->next_[l] = 0;
@@ -342,15 +357,34 @@ private:
         }
     }
 
-    // Lanes that are done take the next samples, as long as there are any.
+    // Lanes that are done take the next samples, as long as there are any; then, the
+    // leading lanes take those of the others, if there are enough of them.
     void fill_lanes(Queue& queue, TileRecord<T>* record) {
-        for (int l = 0; l < LANES<T>; ++l)
+        int running = 0;
+        for (int l = 0; l < lanes_; ++l) {
             while (!running_[l]) {
                 if (sample_[l] != NOBODY) leave(l, record);
                 const int waiting = entrance_.next(queue);
                 if (waiting < 0) break;
                 enter(l, waiting, record);
             }
+            running += running_[l];
+        }
+        lanes_ = narrow(running_, lanes_, E::lanes_for(running), [&](int to, int from) {
+            go_over(to, from, record);
+        });
+    }
+
+    // The sample of a lane goes to another one, which is idle.
+    void go_over(int to, int from, TileRecord<T>* record) {
+        this->take(to, *this, from);
+        sample_[to] = sample_[from], n_dense_[to] = n_dense_[from];
+        output_[to] = output_[from], first_output_[to] = first_output_[from];
+        sample_[from] = NOBODY, running_[from] = false;
+        if (!record) return;
+        const int64_t first = record->counts[to];
+        record->copy(from, first_step_[from], to);
+        first_step_[to] = first;
     }
 
     void enter(int l, int waiting, const TileRecord<T>* record) {
@@ -394,18 +428,17 @@ private:
     void step(TileRecord<T>* record) {
         alignas(64) double ratio[LANES<T>];
         this->attempt(ratio);
-        int64_t before[LANES<T>];
-        std::copy(output_, output_ + LANES<T>, before);
+        for (int l = 0; record && l < lanes_; ++l)
+            if (moved_[l]) record->add(l, {y_, t_, t1_, output_}, l, rows_);
         if (p_.n_times > 2) write_outputs();
-        if (record) record->add(moved_, y_, rows_, t_, t1_, before);
         this->conclude(ratio);
-        for (int l = 0; l < LANES<T>; ++l) aim_at_grid(l);
+        for (int l = 0; l < lanes_; ++l) aim_at_grid(l);
     }
 
     // Evaluate the dense output where output times fell into a step.
     void write_outputs() {
         bool any = false;
-        for (int l = 0; l < LANES<T>; ++l)
+        for (int l = 0; l < lanes_; ++l)
             if (moved_[l] && output_[l] < p_.n_times - 1)
                 any = any || Times(p_, sample_[l])[output_[l]] <= t1_[l];
         if (!any) return;
@@ -414,13 +447,13 @@ private:
             evaluate_stage(i, state_, slope_extra());
         }
         for (int m = 0; m < rk_.degree; ++m)
-            for (int64_t at = 0; at < size_; at += width<T>) {
+            each_register<T>(size_, lanes_, [&](int64_t at, int) {
                 Vec<T> sum{};
                 for (int j = 0; j < rk_.n_extended; ++j)
                     sum += load(k_ + j * size_ + at) * rk_.dense[j * rk_.degree + m];
                 store(polynomial_ + m * size_ + at, sum);
-            }
-        for (int l = 0; l < LANES<T>; ++l) {
+            });
+        for (int l = 0; l < lanes_; ++l) {
             if (!moved_[l]) continue;
             const Times times(p_, sample_[l]);
             const int64_t before = output_[l];
@@ -466,16 +499,16 @@ public:
 
     void reverse(const TileRecord<T>& record, std::vector<LayerSum<T>>& sums) {
         std::fill(lam_, lam_ + size_, T(0)), std::fill(y_, y_ + size_, T(0));
-        next_ = 0;
-        for (int l = 0; l < LANES<T>; ++l) {
+        next_ = 0, lanes_ = LANES<T>;
+        for (int l = 0; l < lanes_; ++l) {
             sign_[l] = 1, t_[l] = t1_[l] = 0;
             enter_next(l, record);
         }
-        while (any_left()) {
+        while (narrow_to_busy()) {
             watch_.look();
             read_steps(record);
             step(record, sums);
-            for (int l = 0; l < LANES<T>; ++l) {
+            for (int l = 0; l < lanes_; ++l) {
                 if (!stay_[l] || --at_[l] >= stay_[l]->first) continue;
                 leave(l, *stay_[l]);
                 enter_next(l, record);
@@ -500,6 +533,7 @@ private:
     const Stay* stay_[LANES<T>];  // or null, where nothing is left to do
     int64_t at_[LANES<T>];        // its step, in its lane of the record
     size_t next_;
+    int lanes_;  // those that are computed, the leading ones
 
     const T* cotangent(int64_t sample, int64_t column) const {
         return grad_ + (sample * p_.n_times + column) * dim_;
@@ -510,10 +544,16 @@ private:
         for (int64_t i = 0; i < dim_; ++i) lam_[i * LANES<T> + lane] += g[i];
     }
 
-    bool any_left() const {
-        for (int l = 0; l < LANES<T>; ++l)
-            if (stay_[l]) return true;
-        return false;
+    // Compute no more lanes than those that are busy take; return whether there are any.
+    bool narrow_to_busy() {
+        int busy = 0;
+        for (int l = 0; l < lanes_; ++l) busy += stay_[l] != nullptr;
+        lanes_ = narrow(stay_, lanes_, E::lanes_for(busy), [&](int to, int from) {
+            stay_[to] = stay_[from], at_[to] = at_[from], sign_[to] = sign_[from];
+            for (int64_t i = 0; i < size_; i += LANES<T>) lam_[i + to] = lam_[i + from];
+            stay_[from] = nullptr;
+        });
+        return busy > 0;
     }
 
     // Go to the end of the next sample; of those that took no steps, to their start.
@@ -540,7 +580,7 @@ private:
 
     // Fetch the step that each lane goes back over.
     void read_steps(const TileRecord<T>& record) {
-        for (int l = 0; l < LANES<T>; ++l) {
+        for (int l = 0; l < lanes_; ++l) {
             if (stay_[l]) {
                 const int from = stay_[l]->lane;
                 const Step<T> step = record[at_[l]];
@@ -553,31 +593,31 @@ private:
     }
 
     void step(const TileRecord<T>& record, std::vector<LayerSum<T>>& sums) {
-        constexpr int W = width<T>;
         const bool dense = gather_outputs(record);
         const int n = dense ? rk_.n_extended : rk_.n_stages - 1;
 
         for (int i = 0; i < n; ++i) {
             T* state = states_ + i * wide_;
             const T* a = rk_.row(i);
-            for (int64_t at = 0; at < size_; at += W) {
+            each_register<T>(size_, lanes_, [&](int64_t at, int) {
                 Vec<T> sum = load(y_ + at);
                 for (int j = 0; j < i; ++j) sum += load(k_ + j * size_ + at) * a[j];
                 store(state + at, sum);
-            }
+            });
             if (net_.uses_time)
-                for (int l = 0; l < LANES<T>; ++l)
+                for (int l = 0; l < lanes_; ++l)
                     state[dim_ * LANES<T> + l] =
                         static_cast<T>(stage_time(rk_.c[i], t_[l], t1_[l]) * sign_[l]);
             T* k = k_ + i * size_;
-            evaluator_.linearize(i, state, k);
-            for (int64_t at = 0; at < size_; at += W)
-                store(k + at, load(k + at) * load(h_ + at % LANES<T>));
+            evaluator_.linearize(i, state, k, lanes_);
+            each_register<T>(size_, lanes_, [&](int64_t at, int g) {
+                store(k + at, load(k + at) * load(h_ + g));
+            });
         }
 
         for (int i = n - 1; i >= 0; --i) {
             T* kappa = kappa_ + i * size_;
-            for (int64_t at = 0; at < size_; at += W) {
+            each_register<T>(size_, lanes_, [&](int64_t at, int g) {
                 Vec<T> sum = load(lam_ + at) * b_[i];
                 for (int j = n - 1; j > i; --j)
                     sum += load(back_ + j * size_ + at) * rk_.row(j)[i];
@@ -585,24 +625,24 @@ private:
                     for (int m = 0; m < rk_.degree; ++m)
                         sum += load(moments_ + (m + 1) * size_ + at) *
                                rk_.dense[i * rk_.degree + m];
-                store(kappa + at, sum * load(h_ + at % LANES<T>));
-            }
-            evaluator_.pullback(i, kappa, back_ + i * size_);
+                store(kappa + at, sum * load(h_ + g));
+            });
+            evaluator_.pullback(i, kappa, back_ + i * size_, lanes_);
         }
-        evaluator_.accumulate(sums, states_, kappa_, n);
-        for (int64_t at = 0; at < size_; at += W) {
+        evaluator_.accumulate(sums, states_, kappa_, n, lanes_);
+        each_register<T>(size_, lanes_, [&](int64_t at, int) {
             Vec<T> sum = load(lam_ + at);
             for (int i = n - 1; i >= 0; --i) sum += load(back_ + i * size_ + at);
             if (dense) sum += load(moments_ + at);
             store(lam_ + at, sum);
-        }
+        });
     }
 
     // The cotangents of a step's outputs, by the power of their place in it.
     bool gather_outputs(const TileRecord<T>& record) {
         if (p_.n_times <= 2) return false;
         bool any = false;
-        for (int l = 0; l < LANES<T>; ++l) {
+        for (int l = 0; l < lanes_; ++l) {
             if (!stay_[l]) continue;
             const Stay& stay = *stay_[l];
             const int64_t from = record[at_[l]].outputs[stay.lane];

@@ -27,12 +27,14 @@ static inline double stage_time(double c, double t, double t1) {
 }
 
 // What all solves of a tile share: steps, their errors, and how long the next one is.
-// Times ascend; `sign_` turns them back.
+// Times ascend; `sign_` turns them back. Only the leading `lanes_` lanes are computed.
 template <class T>
 class TileStepper {
 protected:
-    TileStepper(const Control& control, const Coefficients<T>& rk, Watch& watch, int64_t rows)
-        : control_(control), rk_(rk), watch_(watch), rows_(rows), size_(rows * LANES<T>) {
+    TileStepper(const Control& control, const Coefficients<T>& rk, Watch& watch, int64_t rows,
+                bool uses_time)
+        : control_(control), rk_(rk), watch_(watch), uses_time_(uses_time), rows_(rows),
+          size_(rows * LANES<T>) {
         // states to evaluate at have room for the time
         const int64_t wide = size_ + LANES<T>;
         y_ = arena_.take(size_), slope_ = arena_.take(size_), y1_ = arena_.take(wide);
@@ -49,8 +51,10 @@ protected:
     const Control& control_;
     const Coefficients<T>& rk_;
     Watch& watch_;
+    const bool uses_time_;  // whether `evaluate` does
     const int64_t rows_, size_;
     Arena<T> arena_;
+    int lanes_ = LANES<T>;
     T *y_, *slope_, *y1_, *slope1_, *state_, *k_, *h_, *moves_;
     bool running_[LANES<T>], accepted_[LANES<T>], started_[LANES<T>], moved_[LANES<T>];
     bool rejected_[LANES<T>];  // whether the last attempt was
@@ -61,7 +65,7 @@ protected:
     int64_t status_[LANES<T>], n_steps_[LANES<T>], n_rejected_[LANES<T>];
 
     bool any_running() const {
-        for (int l = 0; l < LANES<T>; ++l)
+        for (int l = 0; l < lanes_; ++l)
             if (running_[l]) return true;
         return false;
     }
@@ -70,7 +74,7 @@ protected:
     void begin() {
         std::memcpy(state_, y_, size_ * sizeof(T));
         evaluate(0, state_, t_, slope_);
-        for (int l = 0; l < LANES<T>; ++l) {
+        for (int l = 0; l < lanes_; ++l) {
             status_[l] = n_steps_[l] = n_rejected_[l] = 0;
             history_[0][l] = history_[1][l] = 1.0;
             started_[l] = rejected_[l] = false;
@@ -109,7 +113,7 @@ protected:
         }
     }
 
-    // Make a lane go on as another one of a tile that has begun.
+    // Make a lane go on as another one, of any tile that has begun.
     void take(int l, const TileStepper& from, int other) {
         for (int64_t i = 0; i < rows_; ++i) {
             y_[i * LANES<T> + l] = from.y_[i * LANES<T> + other];
@@ -127,7 +131,7 @@ protected:
 
     // Attempt a step, up to who may move and by which errors.
     void attempt(double* ratio) {
-        for (int l = 0; l < LANES<T>; ++l) {
+        for (int l = 0; l < lanes_; ++l) {
             t1_[l] = t_[l] + next_[l];
             if (t1_[l] >= near_goal_[l]) t1_[l] = goal_[l];
             // lanes that have arrived take steps of length zero
@@ -144,7 +148,7 @@ protected:
         combine(last, y1_);
         evaluate_stage(last, y1_, slope1_);
         judge(ratio);
-        for (int l = 0; l < LANES<T>; ++l) moved_[l] = accepted_[l] && running_[l];
+        for (int l = 0; l < lanes_; ++l) moved_[l] = accepted_[l] && running_[l];
     }
 
     // Move those that may, and choose everyone's next step.
@@ -152,14 +156,14 @@ protected:
         move(moved_);
         alignas(64) double factors[LANES<T>] = {};
         if (!(control_.step_size > 0)) find_factors(ratio, factors);
-        for (int l = 0; l < LANES<T>; ++l)
+        for (int l = 0; l < lanes_; ++l)
             if (running_[l]) choose_next(l, ratio[l], factors[l], moved_[l]);
     }
 
     // Root mean squares over the components of every lane.
-    static void norms(const Vec<T>* squares, int64_t n, double* out) {
+    void norms(const Vec<T>* squares, int64_t n, double* out) const {
         constexpr int W = width<T>;
-        for (int l = 0; l < LANES<T>; ++l)
+        for (int l = 0; l < lanes_; ++l)
             out[l] = static_cast<double>(std::sqrt(squares[l / W][l % W])) /
                      std::sqrt(static_cast<double>(n));
     }
@@ -176,7 +180,7 @@ protected:
             return;
         }
         if (control.first_step > 0) {
-            for (int l = 0; l < LANES<T>; ++l)
+            for (int l = 0; l < lanes_; ++l)
                 next_[l] = std::min(control.first_step, t_end_[l] - t_[l]);
             return;
         }
@@ -184,32 +188,33 @@ protected:
         double d0[LANES<T>], d1[LANES<T>], d2[LANES<T>], h0[LANES<T>], at[LANES<T>];
         Vec<T> s0[LANES<T> / W] = {}, s1[LANES<T> / W] = {}, s2[LANES<T> / W] = {};
         for (int64_t i = 0; i < rows_; ++i)
-            for (int g = 0; g < LANES<T> / W; ++g) {
+            for (int g = 0; g < lanes_ / W; ++g) {
                 const int64_t place = i * LANES<T> + g * W;
                 const Vec<T> size = scale(magnitude<T>(load(y_ + place)));
                 const Vec<T> y = load(y_ + place) / size, k = load(slope_ + place) / size;
                 s0[g] += y * y, s1[g] += k * k;
             }
         norms(s0, rows_, d0), norms(s1, rows_, d1);
-        for (int l = 0; l < LANES<T>; ++l) {
+        for (int l = 0; l < lanes_; ++l) {
             const double interval = t_end_[l] - t_[l];
             h0[l] = d0[l] < 1e-5 || d1[l] < 1e-5 ? 1e-6 : 0.01 * d0[l] / d1[l];
             h0[l] = std::min(std::isfinite(h0[l]) ? h0[l] : 1e-6, interval);
             h_[l] = static_cast<T>(h0[l] * sign_[l]);
             at[l] = std::min(t_[l] + h0[l], t_end_[l]);
         }
-        for (int64_t i = 0; i < size_; i += W)
-            store(state_ + i, load(y_ + i) + load(slope_ + i) * load(h_ + i % LANES<T>));
+        each_register<T>(size_, lanes_, [&](int64_t at, int g) {
+            store(state_ + at, load(y_ + at) + load(slope_ + at) * load(h_ + g));
+        });
         evaluate(1, state_, at, slope1_);
         for (int64_t i = 0; i < rows_; ++i)
-            for (int g = 0; g < LANES<T> / W; ++g) {
+            for (int g = 0; g < lanes_ / W; ++g) {
                 const int64_t place = i * LANES<T> + g * W;
                 const Vec<T> size = scale(magnitude<T>(load(y_ + place)));
                 const Vec<T> change = (load(slope1_ + place) - load(slope_ + place)) / size;
                 s2[g] += change * change;
             }
         norms(s2, rows_, d2);
-        for (int l = 0; l < LANES<T>; ++l) {
+        for (int l = 0; l < lanes_; ++l) {
             const double interval = t_end_[l] - t_[l];
             const double second = d2[l] / h0[l];
             const double steepest = std::isnan(second) ? second : std::max(d1[l], second);
@@ -224,23 +229,24 @@ protected:
 
     void scale_stage(int stage, const T* slope) {
         T* k = k_ + stage * size_;
-        for (int64_t at = 0; at < size_; at += width<T>)
-            store(k + at, load(slope + at) * load(h_ + at % LANES<T>));
+        each_register<T>(size_, lanes_, [&](int64_t at, int g) {
+            store(k + at, load(slope + at) * load(h_ + g));
+        });
     }
 
     // state = y + sum of the stages so far
     void combine(int stage, T* state) const {
         const T* a = rk_.row(stage);
-        for (int64_t at = 0; at < size_; at += width<T>) {
+        each_register<T>(size_, lanes_, [&](int64_t at, int) {
             Vec<T> sum = load(y_ + at);
             for (int j = 0; j < stage; ++j) sum += load(k_ + j * size_ + at) * a[j];
             store(state + at, sum);
-        }
+        });
     }
 
     void evaluate_stage(int stage, T* state, T* slope) {
         double times[LANES<T>];
-        for (int l = 0; l < LANES<T>; ++l)
+        for (int l = 0; uses_time_ && l < lanes_; ++l)
             times[l] = stage_time(rk_.c[stage], t_[l], t1_[l]);
         evaluate(stage, state, times, slope);
         scale_stage(stage, slope);
@@ -250,7 +256,7 @@ protected:
     void judge(double* ratio) {
         constexpr int W = width<T>;
         if (control_.step_size > 0) {
-            for (int l = 0; l < LANES<T>; ++l) {
+            for (int l = 0; l < lanes_; ++l) {
                 accepted_[l] = true, ratio[l] = 0.0;
                 for (int64_t i = 0; i < rows_; ++i)
                     accepted_[l] = accepted_[l] && std::isfinite(y1_[i * LANES<T> + l]);
@@ -259,7 +265,7 @@ protected:
         }
         Vec<T> squares[2][LANES<T> / W] = {};
         for (int64_t i = 0; i < rows_; ++i)
-            for (int g = 0; g < LANES<T> / W; ++g) {
+            for (int g = 0; g < lanes_ / W; ++g) {
                 const int64_t at = i * LANES<T> + g * W;
                 const Vec<T> size = scale(
                     larger<T>(magnitude<T>(load(y_ + at)), magnitude<T>(load(y1_ + at))));
@@ -276,12 +282,12 @@ protected:
         if (rk_.n_estimates == 2) {
             double coarse[LANES<T>];
             norms(squares[1], rows_, coarse);
-            for (int l = 0; l < LANES<T>; ++l) {
+            for (int l = 0; l < lanes_; ++l) {
                 const double fine = ratio[l] * ratio[l];
                 ratio[l] = fine / std::sqrt(fine + 0.01 * coarse[l] * coarse[l] + 1e-300);
             }
         }
-        for (int l = 0; l < LANES<T>; ++l) {
+        for (int l = 0; l < lanes_; ++l) {
             if (std::isnan(ratio[l])) ratio[l] = std::numeric_limits<double>::infinity();
             accepted_[l] = ratio[l] <= 1;
         }
@@ -289,18 +295,18 @@ protected:
 
     void move(const bool* moved) {
         bool all = true;
-        for (int l = 0; l < LANES<T>; ++l) all = all && moved[l];
+        for (int l = 0; l < lanes_; ++l) all = all && moved[l];
         if (all) {
             std::memcpy(y_, y1_, size_ * sizeof(T));
             std::swap(slope_, slope1_);
             return;
         }
-        for (int l = 0; l < LANES<T>; ++l) moves_[l] = moved[l] ? T(1) : T(0);
-        for (int64_t at = 0; at < size_; at += width<T>) {
-            const auto goes = load(moves_ + at % LANES<T>) > T(0);
+        for (int l = 0; l < lanes_; ++l) moves_[l] = moved[l] ? T(1) : T(0);
+        each_register<T>(size_, lanes_, [&](int64_t at, int g) {
+            const auto goes = load(moves_ + g) > T(0);
             store(y_ + at, goes ? load(y1_ + at) : load(y_ + at));
             store(slope_ + at, goes ? load(slope1_ + at) : load(slope_ + at));
-        }
+        });
     }
 
     void choose_next(int l, double ratio, double factor, bool moved) {
@@ -347,7 +353,7 @@ protected:
         const double weights[] = {-(p + i + d) / c.error_order, (p + 2 * d) / c.error_order,
                                   -d / c.error_order};
         const double* errors[] = {ratio, history_[0], history_[1]};
-        for (int l = 0; l < LANES<T>; l += width<double>) {
+        for (int l = 0; l < lanes_; l += width<double>) {
             Vec<double> power{};
             for (int k = 0; k <= std::min(c.n_history, 2); ++k) {
                 const auto least = broadcast<double>(1e-100);
