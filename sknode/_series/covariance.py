@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 from sknode._series.cycles import find_cycle
-from sknode._series.likelihood import Block, Correlations, Windows, gaussian
+from sknode._series.likelihood import Block, Windows, log_likelihood
 from sknode._series.state_space import LinearProcess
 from sknode._series.warp import Warp, find_bounds, find_levels
 
@@ -119,11 +121,6 @@ class _Model:
         level.diagonal(dim1=1, dim2=2).add_((2 * self.log_own).exp())
         return level[:, *self.channels]
 
-    def correlations(self, lag):
-        """Return the correlations in time of the blocks."""
-        frequency = self.frequency * self.tuning()
-        return Correlations(self.blocks, self.log_rate.exp(), frequency, lag.flatten())
-
     def warp(self, windows):
         """Return warped values without their mean, log-slopes, and what these two
         change by with the power of the warp; all zero as padding.
@@ -183,41 +180,40 @@ class _Model:
 def _log_likelihood(model, windows, with_gradient=True):
     """Return the marginal log-likelihoods of windows, (n_windows,), and the gradient of
     their sum to the parameters, (n_parameters,), or None.
-
-    Half of ``a a' - inv(K)`` and ``-a``, for ``a = inv(K) y``, are the gradients to
-    covariances and values. From there it is one step to each parameter.
     """
-    seen, channel = windows.channel >= 0, windows.channel.clamp(min=0)
-    level, correlation = model.levels(), model.correlations(windows.lag)
-    covariance = windows.covariances(level, correlation.value)
+    channel = windows.channel.clamp(min=0)
     noise = (2 * model.log_noise).exp()
-    covariance.diagonal(dim1=1, dim2=2).add_(noise[channel] + FLOOR**2)
     value, slope, by_power, log = model.warp(windows)
-    log_density, weight, by_covariance = gaussian(
-        covariance, value, seen.sum(1).tolist(), with_gradient
+    total, by = log_likelihood(
+        windows,
+        value,
+        noise[channel] + FLOOR**2,
+        model.blocks,
+        model.levels(),
+        model.log_rate.exp(),
+        model.frequency * model.tuning(),
+        with_gradient,
     )
-    if not with_gradient:
-        return log_density + slope.sum(1), None
+    total = total + slope.sum(1)
+    if by is None:
+        return total, None
     gradient = torch.zeros_like(model.parameters)
-    parts, tied = model.parts(gradient), channel.flatten()
-    diagonal = by_covariance.diagonal(dim1=1, dim2=2)
-    parts["log_noise"].index_add_(0, tied, diagonal.flatten()).mul_(2 * noise)
-    parts["mean"].index_add_(0, tied, weight.flatten())
+    parts, channel = model.parts(gradient), channel.flatten()
+    parts["log_noise"].index_add_(0, channel, by.noise.flatten()).mul_(2 * noise)
+    parts["mean"].index_add_(0, channel, by.value.flatten(), alpha=-1)
     if model.warped:
-        side = tied + len(noise) * (windows.value >= 0).flatten()
-        by_power = (log - weight * by_power).flatten()
+        side = channel + len(noise) * (windows.value >= 0).flatten()
+        by_power = (log + by.value * by_power).flatten()
         parts["power_"].view(-1).index_add_(0, side, by_power)
         parts["power_"].mul_(model.power * (1 - model.power / 2))
-    by_level, by_value = windows.gradients(level, correlation.value, by_covariance)
-    by_rate, by_frequency = correlation.gradients(by_value)
-    parts["log_rate"].copy_(by_rate)
-    parts["shift"].copy_(by_frequency * model.width)
-    square = gradient.new_zeros(len(level), len(noise), len(noise))
-    square[:, *model.channels] = by_level
-    own = square.diagonal(dim1=1, dim2=2)
+    parts["log_rate"].copy_(by.log_rate)
+    parts["shift"].copy_(by.log_frequency * model.width)
+    level = gradient.new_zeros(len(model.blocks), len(noise), len(noise))
+    level[:, *model.channels] = by.level
+    own = level.diagonal(dim1=1, dim2=2)
     parts["log_own"].copy_(2 * own * (2 * model.log_own).exp())
-    parts["mixing"].copy_((square + square.mT) @ model.mixing)
-    return log_density + slope.sum(1), gradient
+    parts["mixing"].copy_((level + level.mT) @ model.mixing)
+    return total, gradient
 
 
 def _learn(model, windows, n_steps, batch, learning_rate, generator):
@@ -375,12 +371,20 @@ def fit_warped_process(panel, *, rng, window=128, n_windows=160, n_steps=150, ba
     return _fit(panel, rng, True, window, n_windows, n_steps, batch)
 
 
+def _weigh(warp, process, panel):
+    """Return the inverse covariance of a panel times its values."""
+    seen = replace(panel, values=warp.forward(panel.values))
+    return -process.log_density_and_gradient(seen)[1]
+
+
+@threadpool_limits.wrap(limits=1)  # matrices are small: threads would only wait
 def _fit(panel, rng, warped, window, n_windows, n_steps, batch):
     """Learn a process without cycles, then add cycles as long as they pay."""
     generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
     centre, scale = _robust_scale(panel.values)
     bounds = find_bounds(panel.values, centre, scale)
     values = (np.clip(panel.values, *bounds) - centre) / scale
+    scaled = replace(panel, values=values)
     step, span = _time_scales(panel)
     n_channels = values.shape[1]
     zero, one = np.zeros(n_channels), np.ones(n_channels)
@@ -396,9 +400,8 @@ def _fit(panel, rng, warped, window, n_windows, n_steps, batch):
     refused = []
     while len(refused) < MOST_TRIES and model.n_cycles < MOST_CYCLES:
         warp = Warp(zero, one, model.powers(), (bounds - centre) / scale)
-        seen = replace(panel, values=warp.forward(values))
-        weight = -model.process(zero, one).log_density_and_gradient(seen)[1]
-        period = find_cycle(panel, weight, step, rng, refused)
+        weigh = partial(_weigh, warp, model.process(zero, one))
+        period = find_cycle(scaled, weigh, step, rng, refused)
         if period is None:
             break
         cycle = _cycle_blocks(period, step, span, len(model.blocks), most)

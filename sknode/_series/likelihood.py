@@ -17,13 +17,15 @@ import numpy as np
 import torch
 from scipy.linalg.lapack import dpotrf, dpotri, dpotrs
 
-__all__ = ["Block", "Correlations", "Windows", "gaussian"]
+__all__ = ["Block", "Windows", "log_likelihood"]
 
 LOG_2PI = math.log(2 * math.pi)
 # Decays are cut off at exp(-40), before numbers get subnormal, slow.
 CUT_OFF = 40.0
 # Lags of all windows are compared if they may become so many times fewer by it.
 FEWER = 2
+# Correlations kept at a time, about what fits into a cache.
+CHUNK = 2**17
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,8 @@ class Block:
     first: int = -1
 
 
-class Correlations:
-    """Correlations in time of blocks, and their derivatives.
+class _Correlations:
+    """Correlations in time of blocks, and how they change.
 
     Parameters
     ----------
@@ -54,53 +56,74 @@ class Correlations:
     Attributes
     ----------
     value : Tensor of shape (n_blocks, n_lags)
-    by_rate, by_frequency : Tensor of shape (n_blocks, n_lags)
-        Derivatives of the values to the logarithms of rate and frequency.
+    falls, turns : list of (slice, Tensor, Tensor)
+        Blocks that share a rate, or a frequency, and two factors, (n, n_lags) and
+        (n_lags,). Their product is minus the derivatives of the values to the logarithm
+        of the rate; or of the frequency, of the j-th harmonic divided by j.
     """
 
     def __init__(self, blocks, rate, frequency, lag):
-        self.blocks = blocks
-        self.value = lag.new_ones(len(blocks), len(lag))
-        self.by_rate = torch.zeros_like(self.value)
-        self.by_frequency = torch.zeros_like(self.value)
+        self.value = lag.new_empty(len(blocks), len(lag))
+        self.falls, self.turns = [], []
         for k, block in enumerate(blocks):
-            if block.kind == "cycle":
-                if block.harmonic == 1:
-                    n = sum(other.first == k for other in blocks)
-                    self._cycle(slice(k, k + n), rate[k] * lag, frequency[k] * lag)
-            elif block.kind != "constant":
+            if block.kind == "constant":
+                self.value[k] = 1.0
+            elif block.harmonic == 1:
                 decay = (rate[k] * lag).clamp_(max=CUT_OFF)
-                value = torch.exp(-decay, out=self.value[k])
-                slope = torch.mul(decay, value, out=self.by_rate[k])
+                n = 1
+                if block.kind == "cycle":
+                    n = sum(other.first == k for other in blocks)
+                part = slice(k, k + n)
+                value = self.value[part]
+                fall = torch.exp(-decay, out=value[0])[None]
                 if block.kind == "matern":
-                    value += slope
-                    slope *= decay
-                slope.neg_()
+                    fall = decay * fall
+                    value += fall
+                elif block.kind == "cycle":
+                    angle, fall = frequency[k] * lag, value
+                    self.turns.append((part, _add_waves(value, angle), angle))
+                self.falls.append((part, fall, decay))
 
-    def _cycle(self, part, decay, angle):
-        """Fill in the harmonics of a cycle: each follows from the two before."""
-        decay.clamp_(max=CUT_OFF)
-        value, slope = self.value[part], self.by_frequency[part]
-        double = 2 * angle.cos()
-        cosine, sine = (-decay).exp(), 0.0
-        cosines, sines = (cosine, cosine * double / 2), (sine, cosine * angle.sin())
-        for j in range(len(value)):
-            value[j] = cosines[1]
-            torch.mul(sines[1], angle, out=slope[j]).mul_(-(j + 1))
-            cosines = cosines[1], double * cosines[1] - cosines[0]
-            sines = sines[1], double * sines[1] - sines[0]
-        torch.mul(value, -decay, out=self.by_rate[part])
+    def gradients(self, level, contract):
+        """Return gradients to logarithms of rates and frequencies, each (n_blocks,).
 
-    def gradients(self, gradient):
-        """Return gradients to logarithms of rates and frequencies, each (n_blocks,)."""
-        by_rate = torch.linalg.vecdot(self.by_rate, gradient)
-        by_frequency = torch.linalg.vecdot(self.by_frequency, gradient)
-        for k, block in enumerate(self.blocks):
-            if block.kind == "cycle" and block.harmonic > 1:
-                for part in (by_rate, by_frequency):
-                    part[block.first] += part[k]
-                    part[k] = 0.0
+        Parameters
+        ----------
+        level : Tensor of shape (n_blocks, n_pairs)
+            Covariances of pairs of channels.
+        contract : callable
+            ``Windows.contract`` with the gradient to covariances of cells.
+        """
+        by_rate, by_frequency = level.new_zeros(2, len(level))
+        for part, fall, decay in self.falls:
+            by_rate[part.start] = -(level[part] * contract(fall, decay)).sum()
+        for part, sine, angle in self.turns:
+            slope = (level[part] * contract(sine, angle)).sum(1)
+            by_frequency[part.start] = -(slope * torch.arange(1, 1 + len(slope))).sum()
         return by_rate, by_frequency
+
+
+def _add_waves(value, angle):
+    """Make a cycle of a decay, and return the same with sines in place of cosines.
+
+    Parameters
+    ----------
+    value : Tensor of shape (n_harmonics, n_lags)
+        Of which the first is the decay, and the others are written.
+    angle : Tensor of shape (n_lags,)
+    """
+    sine, double = torch.empty_like(value), 2 * angle.cos()
+    decay = value[0].clone()
+    torch.mul(angle.sin(), decay, out=sine[0])
+    value[0].mul_(double).mul_(0.5)
+    # each harmonic follows from the two before
+    for j in range(1, len(value)):
+        torch.mul(double, value[j - 1], out=value[j])
+        torch.mul(double, sine[j - 1], out=sine[j])
+        value[j].sub_(value[j - 2] if j > 1 else decay)
+        if j > 1:
+            sine[j].sub_(sine[j - 2])
+    return sine
 
 
 @dataclass(frozen=True)
@@ -147,22 +170,28 @@ class Windows:
         number[:, 1:] = np.cumsum(np.diff(time) > 0, axis=1)
         times = np.repeat(last, number.max() + 1, axis=1)
         np.put_along_axis(times, number, time, axis=1)
-        lag, place = _differences(times), _pairs(number)
-        pair = _pairs(np.maximum(channel, 0))
+        lag, which, pair = _differences(times), None, None
         most = min(batch, n_windows) * min(lag.shape[1], n_cells**2 // n_pairs)
         few = _distinct(lag, most // FEWER, np.abs(time).max())
-        parts = channel, value
         if few is not None:
             lag, which = few
-            place = which[np.arange(n_windows)[:, None, None], place]
-            parts = *parts, lag[None], place * n_pairs + pair
-        elif n_pairs * lag.shape[1] <= n_cells**2:
-            parts = *parts, lag, place * n_pairs + pair
-        else:
-            place = np.repeat(_pairs(np.arange(n_cells)[None]), n_windows, axis=0)
-            i, j = np.tril_indices(n_cells)
-            parts = *parts, _differences(time), place, pair[:, i, j]
-        return cls(*map(torch.as_tensor, parts))
+        elif n_pairs * lag.shape[1] > n_cells**2:
+            lag, number[:] = _differences(time), np.arange(n_cells)
+            pair = np.empty(lag.shape, np.int64)
+        place = np.empty((n_windows, n_cells, n_cells), np.int64)
+        lower = np.tri(n_cells, dtype=bool)
+        for k in range(n_windows):  # one by one, as one fits into the cache
+            place[k] = _pairs(number[k])
+            pairs = _pairs(np.maximum(channel[k], 0))
+            if pair is not None:
+                pair[k] = pairs[lower]
+                continue
+            if which is not None:
+                place[k] = which[k][place[k]]
+            place[k] = place[k] * n_pairs + pairs
+        parts = channel, value, lag, place
+        pair = None if pair is None else torch.as_tensor(pair)
+        return cls(*map(torch.as_tensor, parts), pair)
 
     def __getitem__(self, index):
         """Return some of the windows."""
@@ -178,6 +207,14 @@ class Windows:
     def n_cells(self):
         """How many cells there are in all windows."""
         return int((self.channel >= 0).sum())
+
+    def chunks(self, n_blocks):
+        """Yield slices of windows that are looked at together."""
+        size = len(self)
+        if len(self.lag) > 1:
+            size = max(1, CHUNK // (n_blocks * self.lag.shape[1]))
+        for first in range(0, len(self), size):
+            yield slice(first, first + size)
 
     def places(self, n_entries):
         """Return where covariances are found among all these windows have, flat."""
@@ -206,25 +243,45 @@ class Windows:
         places = self.places(entries.numel())
         return entries.flatten().index_select(0, places).view(self.place.shape)
 
-    def gradients(self, level, correlation, gradient):
-        """Return gradients to levels and correlations from that to covariances."""
-        n_entries = correlation.shape[1] * (level.shape[1] if self.pair is None else 1)
+    def contract(self, gradient, n_pairs):
+        """Return a function that sums products with a gradient over pairs of cells.
+
+        Parameters
+        ----------
+        gradient : Tensor of shape (n_windows, n_cells, n_cells)
+            To covariances.
+        n_pairs : int
+            Pairs of channels.
+
+        Returns
+        -------
+        contract : callable
+            Of ``factor``, (n, lag.numel()), and ``weight``, (lag.numel(),) or None, as
+            (n, n_pairs): the gradient times the two of the lag, summed over pairs of
+            cells with these channels.
+        """
+        n_entries = self.lag.numel() * (n_pairs if self.pair is None else 1)
         entries = gradient.new_zeros(n_entries)
         entries.scatter_add_(0, self.places(n_entries), gradient.flatten())
-        if self.pair is None:
-            entries = entries.view(-1, level.shape[1])
-            return correlation @ entries, level @ entries.T
-        pair = self.pair.flatten()
-        by_level = torch.zeros_like(level)
-        by_level.index_add_(1, pair, correlation * entries)
-        return by_level, level[:, pair] * entries
+        pair = None if self.pair is None else self.pair.flatten()
+
+        def contract(factor, weight=None):
+            one = entries if pair is not None else entries.view(-1, n_pairs)
+            if weight is not None:
+                one = one * weight.view(-1, *[1] * (one.ndim - 1))
+            if pair is None:
+                return factor @ one
+            return factor.new_zeros(len(factor), n_pairs).index_add_(
+                1, pair, factor * one
+            )
+
+        return contract
 
 
 def _pairs(number):
-    """Return numbers of unordered pairs of numbers, of (n, m) as (n, m, m)."""
-    one, other = number[:, :, None], number[:, None, :]
-    high = np.maximum(one, other)
-    return high * (high + 1) // 2 + np.minimum(one, other)
+    """Return (n, n) numbers of unordered pairs of n numbers."""
+    high = np.maximum(number[:, None], number)
+    return high * (high + 1) // 2 + np.minimum(number[:, None], number)
 
 
 def _differences(time):
@@ -246,10 +303,81 @@ def _distinct(lag, most, latest):
     distinct = np.unique(steps)
     if len(distinct) > most:
         return None
-    return distinct * unit, np.searchsorted(distinct, steps)
+    return distinct[None] * unit, np.searchsorted(distinct, steps)
 
 
-def gaussian(covariance, value, count, with_gradient=True):
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients of the sum of log-likelihoods, to what is named.
+
+    Attributes
+    ----------
+    value, noise : Tensor of shape (n_windows, n_cells)
+        0 as padding.
+    level : Tensor of shape (n_blocks, n_pairs)
+    log_rate, log_frequency : Tensor of shape (n_blocks,)
+        0 for harmonics but the first.
+    """
+
+    value: torch.Tensor
+    noise: torch.Tensor
+    level: torch.Tensor
+    log_rate: torch.Tensor
+    log_frequency: torch.Tensor
+
+
+def log_likelihood(
+    windows, value, noise, blocks, level, rate, frequency, with_gradients=True
+):
+    """Return the marginal log-likelihoods of windows, and gradients of their sum.
+
+    Half of ``a a' - inv(K)`` and ``-a``, for ``a = inv(K) y``, are the gradients to
+    covariances and values.
+
+    Parameters
+    ----------
+    windows : Windows
+        Tell where cells are.
+    value, noise : Tensor of shape (n_windows, n_cells)
+        Values in place of theirs, 0 as padding, and variances of noise.
+    blocks : list of Block
+    level : Tensor of shape (n_blocks, n_pairs)
+        Covariances of channels ``i`` and ``j``, not above ``i``, at
+        ``i * (i + 1) / 2 + j``.
+    rate, frequency : Tensor of shape (n_blocks,)
+    with_gradients : bool
+
+    Returns
+    -------
+    log_density : Tensor of shape (n_windows,)
+    gradients : Gradients or None
+    """
+    count = (windows.channel >= 0).sum(1).tolist()
+    log_density = value.new_empty(len(value))
+    found = Gradients(
+        *map(torch.zeros_like, (value, noise, level, rate, frequency)),
+    )
+    for some in windows.chunks(len(blocks)):
+        part = windows[some]
+        correlation = _Correlations(blocks, rate, frequency, part.lag.flatten())
+        covariance = part.covariances(level, correlation.value)
+        covariance.diagonal(dim1=1, dim2=2).add_(noise[some])
+        log_density[some], weight, gradient = _gaussian(
+            covariance, value[some], count[some], with_gradients
+        )
+        if not with_gradients:
+            continue
+        contract = part.contract(gradient, level.shape[1])
+        by_rate, by_frequency = correlation.gradients(level, contract)
+        found.value[some] = -weight
+        found.noise[some] = gradient.diagonal(dim1=1, dim2=2)
+        found.level.add_(contract(correlation.value))
+        found.log_rate.add_(by_rate)
+        found.log_frequency.add_(by_frequency)
+    return log_density, found if with_gradients else None
+
+
+def _gaussian(covariance, value, count, with_gradient=True):
     """Return log-densities of windows, and their gradients.
 
     Parameters

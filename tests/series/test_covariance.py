@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from sknode._series import covariance
 from sknode._series.covariance import fit_process, fit_warped_process
@@ -316,11 +317,40 @@ def test_a_refused_period_makes_way_for_the_next():
     panel = make_panel((values + rng.normal(size=2000))[:, None], time)
     found = []
     for _ in range(2):
-        found.append(find_cycle(panel, panel.values, 1.0, rng, found))
+        found.append(find_cycle(panel, lambda some: some.values, 1.0, rng, found))
     # or small multiples of them
     multiples = np.array(found) / [31, 100]
     np.testing.assert_allclose(multiples, np.rint(multiples), rtol=0.01)
     assert (multiples > 0.5).all()
+
+
+def test_series_that_are_not_looked_at_are_not_weighed():
+    values = np.random.default_rng(0).normal(size=(5 * 40, 1))
+    panel = make_panel(values, np.tile(np.arange(40.0), 5), 40 * np.arange(6))
+    weighed = []
+
+    def weigh(some):
+        weighed.append(some.n_series)
+        return some.values
+
+    find_cycle(panel, weigh, 1.0, np.random.default_rng(0), most_series=3)
+    assert weighed == [3]
+
+
+def test_small_matrices_are_not_shared_among_threads(monkeypatch):
+    learn, seen = covariance._learn, []
+
+    def watched(*args):
+        seen.append([pool["num_threads"] for pool in threadpool_info()])
+        return learn(*args)
+
+    monkeypatch.setattr(covariance, "_learn", watched)
+    panel = make_panel(np.random.default_rng(0).normal(size=(20, 1)))
+    with threadpool_limits(2):
+        before = threadpool_info()
+        fit_process(panel, rng=np.random.default_rng(0), n_steps=2)
+        assert threadpool_info() == before
+    assert seen and all(n == 1 for threads in seen for n in threads)
 
 
 @pytest.mark.parametrize("n_series, noise", [(1, 0.1), (3, 0.5)])
