@@ -165,33 +165,24 @@ class Windows:
         n_pairs = n_channels * (n_channels + 1) // 2
         last = np.where(seen, time, -np.inf).max(1, keepdims=True)
         time = np.where(seen, time, last)
+        pairs = [_pairs(one) for one in np.maximum(channel, 0)]
         # the times of a window are numbered
         number = np.zeros(time.shape, np.int64)
         number[:, 1:] = np.cumsum(np.diff(time) > 0, axis=1)
         times = np.repeat(last, number.max() + 1, axis=1)
         np.put_along_axis(times, number, time, axis=1)
-        lag, which, pair = _differences(times), None, None
-        most = min(batch, n_windows) * min(lag.shape[1], n_cells**2 // n_pairs)
-        few = _distinct(lag, most // FEWER, np.abs(time).max())
-        if few is not None:
-            lag, which = few
-        elif n_pairs * lag.shape[1] > n_cells**2:
-            lag, number[:] = _differences(time), np.arange(n_cells)
-            pair = np.empty(lag.shape, np.int64)
-        place = np.empty((n_windows, n_cells, n_cells), np.int64)
-        lower = np.tri(n_cells, dtype=bool)
-        for k in range(n_windows):  # one by one, as one fits into the cache
-            place[k] = _pairs(number[k])
-            pairs = _pairs(np.maximum(channel[k], 0))
-            if pair is not None:
-                pair[k] = pairs[lower]
-                continue
-            if which is not None:
-                place[k] = which[k][place[k]]
-            place[k] = place[k] * n_pairs + pairs
-        parts = channel, value, lag, place
-        pair = None if pair is None else torch.as_tensor(pair)
-        return cls(*map(torch.as_tensor, parts), pair)
+        lag, which = _distinct(_differences(times), n_cells**2 // n_pairs, batch)
+        if n_pairs * lag.size > n_windows * n_cells**2:
+            lag, place = _differences(time), _pairs(np.arange(n_cells))
+            place = np.repeat(place[None], n_windows, axis=0)
+            lower = np.tri(n_cells, dtype=bool)
+            parts = lag, place, np.stack([one[lower] for one in pairs])
+        else:
+            place = np.empty((n_windows, n_cells, n_cells), np.int64)
+            for k, one in enumerate(pairs):
+                place[k] = which[k][_pairs(number[k])] * n_pairs + one
+            parts = lag, place
+        return cls(*map(torch.as_tensor, (channel, value, *parts)))
 
     def __getitem__(self, index):
         """Return some of the windows."""
@@ -263,17 +254,17 @@ class Windows:
         n_entries = self.lag.numel() * (n_pairs if self.pair is None else 1)
         entries = gradient.new_zeros(n_entries)
         entries.scatter_add_(0, self.places(n_entries), gradient.flatten())
-        pair = None if self.pair is None else self.pair.flatten()
+        if self.pair is None:
+            entries = entries.view(-1, n_pairs)
 
         def contract(factor, weight=None):
-            one = entries if pair is not None else entries.view(-1, n_pairs)
+            one = entries
             if weight is not None:
-                one = one * weight.view(-1, *[1] * (one.ndim - 1))
-            if pair is None:
+                one = entries * (weight[:, None] if self.pair is None else weight)
+            if self.pair is None:
                 return factor @ one
-            return factor.new_zeros(len(factor), n_pairs).index_add_(
-                1, pair, factor * one
-            )
+            total = factor.new_zeros(len(factor), n_pairs)
+            return total.index_add_(1, self.pair.flatten(), factor * one)
 
         return contract
 
@@ -290,20 +281,21 @@ def _differences(time):
     return time[:, later] - time[:, earlier]
 
 
-def _distinct(lag, most, latest):
-    """Return distinct lags, and which of them each is; None if there are too many.
+def _distinct(lag, most, batch):
+    """Return lags that occur in windows, and which of them each is.
 
-    Lags that differ by no more than rounding of the times, up to ``latest``, are one.
+    Those of all windows, if these are fewer than the windows of a batch have, each its
+    own, or ``most`` of them. Lags that differ by no more than rounding are then one.
     """
-    unit = 64 * np.finfo(float).eps * latest or 1.0
+    unit = 64 * np.finfo(float).eps * np.abs(lag).max() or 1.0
+    most = min(batch, len(lag)) * min(lag.shape[1], most) // FEWER
     some = np.rint(lag[:4] / unit)
-    if len(np.unique(some)) > some.size // FEWER:
-        return None
-    steps = np.rint(lag / unit).astype(np.int64)
-    distinct = np.unique(steps)
-    if len(distinct) > most:
-        return None
-    return distinct[None] * unit, np.searchsorted(distinct, steps)
+    if len(np.unique(some)) <= some.size // FEWER:
+        steps = np.rint(lag / unit).astype(np.int64)
+        distinct = np.unique(steps)
+        if len(distinct) <= most:
+            return distinct[None] * unit, np.searchsorted(distinct, steps)
+    return lag, np.broadcast_to(np.arange(lag.shape[1]), lag.shape)
 
 
 @dataclass(frozen=True)
@@ -354,9 +346,7 @@ def log_likelihood(
     """
     count = (windows.channel >= 0).sum(1).tolist()
     log_density = value.new_empty(len(value))
-    found = Gradients(
-        *map(torch.zeros_like, (value, noise, level, rate, frequency)),
-    )
+    found = Gradients(*map(torch.zeros_like, (value, noise, level, rate, frequency)))
     for some in windows.chunks(len(blocks)):
         part = windows[some]
         correlation = _Correlations(blocks, rate, frequency, part.lag.flatten())
@@ -405,9 +395,10 @@ def _gaussian(covariance, value, count, with_gradient=True):
         # the lower triangle of the transpose, which is what LAPACK sees
         part = inverse[k, :n, :n].T
         root, failed = dpotrf(part, lower=1, clean=0, overwrite_a=1)
-        log_det[k] = np.log(root.diagonal()).sum()
-        if failed or not np.isfinite(log_det[k]):
+        # NaN is no failure to all of them
+        if failed or not np.isfinite(root.diagonal()).all():
             raise torch.linalg.LinAlgError("a covariance is not positive definite")
+        log_det[k] = np.log(root.diagonal()).sum()
         weight[k, :n] = torch.as_tensor(dpotrs(root, value[k, :n].numpy(), lower=1)[0])
         if with_gradient:
             root = dpotri(root, lower=1, overwrite_c=1)[0]

@@ -10,7 +10,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from sknode._series import covariance
 from sknode._series.covariance import fit_process, fit_warped_process
 from sknode._series.cycles import find_cycle
-from sknode._series.likelihood import Windows
+from sknode._series.likelihood import Block, Windows, log_likelihood
 from sknode._series.panel import Panel
 from sknode._series.state_space import LinearProcess
 from sknode._series.warp import Warp, find_levels
@@ -165,11 +165,21 @@ def test_gradient_of_the_penalty_is_exact():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), 400.0])
-def test_covariances_that_are_none_are_an_error(bad):
+def test_parameters_without_a_likelihood_are_an_error(bad):
     model = make_model()
     model.log_own[0, 0] = bad
     with pytest.raises(torch.linalg.LinAlgError, match="not positive definite"):
         covariance._log_likelihood(model, Windows.prepare(*make_cells(), 2, 2))
+
+
+@pytest.mark.parametrize("level, noise", [(1.0, -0.5), (1.0, 0.0), (-2.0, 1.0)])
+def test_a_covariance_that_is_none_is_an_error(level, noise):
+    windows = Windows.prepare(*make_cells("regular", 1), 1, 2)
+    level = torch.full((1, 1), level).double()
+    noise, rates = torch.full_like(windows.value, noise), torch.zeros(2, 1).double()
+    blocks = [Block("constant", 1.0)]
+    with pytest.raises(torch.linalg.LinAlgError, match="not positive definite"):
+        log_likelihood(windows, windows.value, noise, blocks, level, *rates)
 
 
 def test_learned_process_is_as_likely_as_the_true_one():
