@@ -10,19 +10,20 @@ which is where slow parts and periods show.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
-from torch.nn import functional as F
+from threadpoolctl import threadpool_limits
 
 from sknode._series.cycles import find_cycle
+from sknode._series.likelihood import Block, Windows, log_likelihood
 from sknode._series.state_space import LinearProcess
 from sknode._series.warp import Warp, find_bounds, find_levels
 
 __all__ = ["fit_process", "fit_warped_process"]
 
-LOG_2PI = math.log(2 * math.pi)
 # Standard deviation of the noise at least, in robust standard deviations.
 FLOOR = 1e-3
 # Channels may have this many factors in common.
@@ -36,45 +37,19 @@ NEGLIGIBLE = 1e-6
 LEARNING_RATE = 0.1
 
 
-@dataclass(frozen=True)
-class _Block:
-    """A part of the covariance: its kind, time scale, and where it is a cycle.
-
-    Harmonics of a cycle share the time scale and the period of the first.
-    """
-
-    kind: str
-    scale: float
-    frequency: float = 0.0
-    harmonic: int = 1
-    first: int = -1
-
-
-@dataclass(frozen=True)
-class _Windows:
-    """Cells in windows, padded; ``channel`` is -1 where there is none."""
-
-    time: torch.Tensor
-    channel: torch.Tensor
-    value: torch.Tensor
-
-    def __getitem__(self, index):
-        return _Windows(self.time[index], self.channel[index], self.value[index])
-
-    @property
-    def n_cells(self):
-        return int((self.channel >= 0).sum())
-
-
-class _Model(torch.nn.Module):
+class _Model:
     """Warp, mean and covariance of the channels.
 
     The covariance is a sum of blocks, each a covariance of the channels, low rank plus
     diagonal, times a correlation in time.
+
+    Attributes
+    ----------
+    parameters : Tensor of shape (n_parameters,)
+        All of them; ``log_own`` and so on are parts of it.
     """
 
     def __init__(self, n_channels, blocks, warped, generator):
-        super().__init__()
         self.blocks, self.warped = blocks, warped
         n, rank = len(blocks), min(RANK, n_channels - 1)
         make = {"dtype": torch.float64}
@@ -88,15 +63,30 @@ class _Model(torch.nn.Module):
             **make,
         )
         mixing = torch.randn(n, n_channels, rank, generator=generator, **make)
-        rates = [-math.log(block.scale) for block in blocks]
-        parameter = torch.nn.Parameter
-        self.log_own = parameter(0.5 * share.log()[:, None].repeat(1, n_channels))
-        self.mixing = parameter(0.3 * share.sqrt()[:, None, None] * mixing)
-        self.log_rate = parameter(torch.tensor(rates, **make))
-        self.shift = parameter(torch.zeros(n, **make))
-        self.log_noise = parameter(torch.full((n_channels,), -1.5, **make))
-        self.mean = parameter(torch.zeros(n_channels, **make))
-        self.power_ = parameter(torch.zeros(2, n_channels, **make))
+        start = {
+            "log_own": 0.5 * share.log()[:, None].repeat(1, n_channels),
+            "mixing": 0.3 * share.sqrt()[:, None, None] * mixing,
+            "log_rate": torch.tensor([-math.log(b.scale) for b in blocks], **make),
+            "shift": torch.zeros(n, **make),
+            "log_noise": torch.full((n_channels,), -1.5, **make),
+            "mean": torch.zeros(n_channels, **make),
+            "power_": torch.zeros(2, n_channels, **make),
+        }
+        self.shapes = {name: value.shape for name, value in start.items()}
+        self.parameters = torch.cat([value.flatten() for value in start.values()])
+        for name, part in self.parts(self.parameters).items():
+            setattr(self, name, part)
+        # a cycle more or less over a span is a large change of its frequency
+        self.frequency = torch.tensor([b.frequency for b in blocks], **make)
+        turns = [b.frequency * b.scale / (2 * math.pi) for b in blocks]
+        self.width = torch.tensor([0.2 / t if t else 0.0 for t in turns], **make)
+        self.channels = torch.tril_indices(n_channels, n_channels)
+
+    def parts(self, flat):
+        """Return views of a vector like that of the parameters, by their names."""
+        sizes = [shape.numel() for shape in self.shapes.values()]
+        parts = zip(self.shapes.items(), flat.split(sizes), strict=True)
+        return {name: part.view(shape) for (name, shape), part in parts}
 
     @property
     def power(self):
@@ -111,93 +101,67 @@ class _Model(torch.nn.Module):
     def powers(self):
         """Return the powers of the warp as an array, ones without a warp."""
         power = self.power if self.warped else torch.ones_like(self.power_)
-        return power.detach().numpy()
+        return power.numpy()
 
     def tuning(self):
-        """Return factors of frequencies; a cycle more or less over a span is large."""
-        width = torch.tensor(
-            [
-                0.2 * 2 * math.pi / (b.frequency * b.scale) if b.frequency else 0.0
-                for b in self.blocks
-            ],
-            dtype=torch.float64,
-        )
-        return (width * self.shift).exp()
+        """Return factors of frequencies."""
+        return (self.width * self.shift).exp()
 
     def extend(self, other):
         """Take over what another model with fewer blocks has learned."""
         n = len(other.blocks)
-        with torch.no_grad():
-            for name in ("log_own", "mixing", "log_rate", "shift"):
-                getattr(self, name)[:n] = getattr(other, name)
-            for name in ("log_noise", "mean", "power_"):
-                getattr(self, name)[:] = getattr(other, name)
+        for name in ("log_own", "mixing", "log_rate", "shift"):
+            getattr(self, name)[:n] = getattr(other, name)
+        for name in ("log_noise", "mean", "power_"):
+            getattr(self, name)[:] = getattr(other, name)
+
+    def levels(self):
+        """Return covariances of pairs of channels, (n_blocks, n_pairs)."""
+        level = self.mixing @ self.mixing.mT
+        level.diagonal(dim1=1, dim2=2).add_((2 * self.log_own).exp())
+        return level[:, *self.channels]
 
     def warp(self, windows):
-        """Return warped values without their mean, and log-slopes, zero as padding."""
-        channel = windows.channel.clamp(min=0)
-        value, slope = windows.value, torch.zeros_like(windows.value)
+        """Return warped values without their mean, log-slopes, and what these two
+        change by with the power of the warp; all zero as padding.
+        """
+        channel, value = windows.channel.clamp(min=0), windows.value
+        slope = by_power = log = torch.zeros_like(value)
         if self.warped:
             power = torch.where(value < 0, *self.power[:, channel])
             log = value.abs().log1p()
-            value = value.sign() * torch.expm1(power * log) / power
+            rise = torch.expm1(power * log)
+            by_power = value.sign() * (log * (rise + 1) - rise / power) / power
+            value = value.sign() * rise / power
             slope = (power - 1) * log
-        seen = windows.channel >= 0
-        value = torch.where(seen, value - self.mean[channel], 0.0)
-        return value, torch.where(seen, slope, 0.0)
-
-    def covariance(self, windows):
-        """Return (n_windows, n_cells, n_cells) covariances of cells.
-
-        Padding has those of independent cells with variance 1, without a gradient.
-        """
-        time = windows.time
-        lag = (time[:, :, None] - time[:, None, :]).abs()
-        # what channel a cell is of, as a vector; products with it are faster than to
-        # pick entries, there and back
-        place = F.one_hot(windows.channel + 1, len(self.mean) + 1)[..., 1:].to(time)
-        levels = self.mixing @ self.mixing.mT + torch.diag_embed(
-            (2 * self.log_own).exp()
-        )
-        total, waves = 0.0, {}
-        for k, block in enumerate(self.blocks):
-            level = place @ levels[k] @ place.mT
-            if block.kind == "ou":
-                total = total + level * _decay(self.log_rate[k].exp(), lag).exp()
-            elif block.kind == "matern":
-                decay = _decay(self.log_rate[k].exp(), lag)
-                total = total + level * ((1 - decay) * decay.exp())
-            elif block.kind == "cycle":
-                frequency = block.frequency * self.tuning()[block.first]
-                angle = time * (frequency * block.harmonic)
-                wave = torch.stack([angle.cos(), angle.sin()], -1)
-                wave = level * (wave @ wave.mT)
-                waves[block.first] = waves.get(block.first, 0.0) + wave
-            else:
-                total = total + level
-        for first, wave in waves.items():
-            total = total + wave * _decay(self.log_rate[first].exp(), lag).exp()
-        noise = place @ ((2 * self.log_noise).exp() + FLOOR**2)
-        return total + torch.diag_embed(noise + (windows.channel < 0).to(noise))
+        # values of padding are 0, and stay it
+        value = value - self.mean[channel] * (windows.channel >= 0)
+        return value, slope, by_power, log
 
     def penalty(self):
-        """Return minus the log prior of the parameters, in nats.
+        """Return minus the log prior of the parameters, in nats, and its gradient.
 
         Channels have parts of similar size, so that rare ones learn from the others.
         """
-        own = self.log_own
-        size = 0.5 * ((own - own.mean(1, keepdim=True)) ** 2).sum()
-        size = size + 0.5 * (self.mixing**2).sum() + 0.005 * (own**2).sum()
-        noise = 0.5 * ((self.log_noise + 1.5) / 2) ** 2
-        return size + noise.sum() + 2 * ((self.power - 1) ** 2).sum()
+        own, mixing, power = self.log_own, self.mixing, self.power
+        unlike = own - own.mean(1, keepdim=True)
+        noise = (self.log_noise + 1.5) / 2
+        size = 0.5 * (unlike**2).sum() + 0.5 * (mixing**2).sum()
+        size = size + 0.005 * (own**2).sum() + 0.5 * (noise**2).sum()
+        gradient = torch.zeros_like(self.parameters)
+        parts = self.parts(gradient)
+        parts["log_own"].add_(unlike).add_(own, alpha=0.01)
+        parts["mixing"].add_(mixing)
+        parts["log_noise"].add_(noise, alpha=0.5)
+        parts["power_"].add_(2 * (power - 1) * power * (2 - power))
+        return size + 2 * ((power - 1) ** 2).sum(), gradient
 
     def process(self, centre, scale):
         """Return the learned process, in units of ``scale`` around ``centre``."""
-        with torch.no_grad():
-            rate, tuning = self.log_rate.exp().numpy(), self.tuning().numpy()
-            own = (2 * self.log_own).exp().numpy()
-            mixing, mean = self.mixing.numpy(), self.mean.numpy()
-            noise = (2 * self.log_noise).exp().numpy() + FLOOR**2
+        rate, tuning = self.log_rate.exp().numpy(), self.tuning().numpy()
+        own = (2 * self.log_own).exp().numpy()
+        mixing, mean = self.mixing.numpy(), self.mean.numpy()
+        noise = (2 * self.log_noise).exp().numpy() + FLOOR**2
         parts = []
         for k, block in enumerate(self.blocks):
             size, vectors = np.linalg.eigh(mixing[k] @ mixing[k].T + np.diag(own[k]))
@@ -213,62 +177,75 @@ class _Model(torch.nn.Module):
         return LinearProcess.from_blocks(centre + scale * mean, noise * scale**2, parts)
 
 
-def _decay(rate, lag):
-    """Return the exponent of a decay, cut off where numbers get subnormal, slow."""
-    return (-rate * lag).clamp(min=-40.0)
-
-
-def _log_likelihood(model, windows):
-    """Return the marginal log-likelihoods of windows, (n_windows,).
-
-    Their gradients to covariance and values, half of ``a a' - inv(K)`` and ``-a`` for
-    ``a = inv(K) y``, are known, so nothing goes back through the factorisation.
+def _log_likelihood(model, windows, with_gradient=True):
+    """Return the marginal log-likelihoods of windows, (n_windows,), and the gradient of
+    their sum to the parameters, (n_parameters,), or None.
     """
-    K = model.covariance(windows)
-    value, slope = model.warp(windows)
-    seen = windows.channel >= 0
-    with torch.no_grad():
-        root = torch.linalg.cholesky(K)
-        inverse = torch.cholesky_inverse(root)
-        weight = (inverse @ value[..., None])[..., 0]
-        exact = -0.5 * (weight * value).sum(-1) - 0.5 * LOG_2PI * seen.to(K).sum(-1)
-        exact -= root.diagonal(dim1=1, dim2=2).log().sum(-1)
-        gradient = 0.5 * (weight[:, :, None] * weight[:, None, :] - inverse)
-    linear = (gradient * K).sum((1, 2)) - (weight * value).sum(-1)
-    return linear + (exact - linear).detach() + slope.sum(-1)
+    channel = windows.channel.clamp(min=0)
+    noise = (2 * model.log_noise).exp()
+    value, slope, by_power, log = model.warp(windows)
+    total, by = log_likelihood(
+        windows,
+        value,
+        noise[channel] + FLOOR**2,
+        model.blocks,
+        model.levels(),
+        model.log_rate.exp(),
+        model.frequency * model.tuning(),
+        with_gradient,
+    )
+    total = total + slope.sum(1)
+    if by is None:
+        return total, None
+    gradient = torch.zeros_like(model.parameters)
+    parts, channel = model.parts(gradient), channel.flatten()
+    parts["log_noise"].index_add_(0, channel, by.noise.flatten()).mul_(2 * noise)
+    parts["mean"].index_add_(0, channel, by.value.flatten(), alpha=-1)
+    if model.warped:
+        side = channel + len(noise) * (windows.value >= 0).flatten()
+        by_power = (log + by.value * by_power).flatten()
+        parts["power_"].view(-1).index_add_(0, side, by_power)
+        parts["power_"].mul_(model.power * (1 - model.power / 2))
+    parts["log_rate"].copy_(by.log_rate)
+    parts["shift"].copy_(by.log_frequency * model.width)
+    level = gradient.new_zeros(len(model.blocks), len(noise), len(noise))
+    level[:, *model.channels] = by.level
+    own = level.diagonal(dim1=1, dim2=2)
+    parts["log_own"].copy_(2 * own * (2 * model.log_own).exp())
+    parts["mixing"].copy_((level + level.mT) @ model.mixing)
+    return total, gradient
 
 
 def _learn(model, windows, n_steps, batch, learning_rate, generator):
     """Maximise the penalised likelihood by Adam."""
     optimizer = torch.optim.Adam(
-        model.parameters(), lr=learning_rate, betas=(0.9, 0.98)
+        [model.parameters], lr=learning_rate, betas=(0.9, 0.98)
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
         optimizer, n_steps, eta_min=learning_rate / 50
     )
+    n_cells = windows.n_cells
     for _ in range(n_steps):
-        index = torch.randperm(len(windows.time), generator=generator)[:batch]
+        index = torch.randperm(len(windows), generator=generator)[:batch]
         part = windows[index]
-        loss = model.penalty() / windows.n_cells
-        loss = loss - _log_likelihood(model, part).sum() / part.n_cells
-        optimizer.zero_grad()
-        loss.backward()
+        gradient = _log_likelihood(model, part)[1]
+        penalty = model.penalty()[1]
+        model.parameters.grad = penalty / n_cells - gradient / part.n_cells
         optimizer.step()
         schedule.step()
 
 
 def _evaluate(model, windows, batch):
     """Return the log-likelihood of all windows less the penalty."""
-    with torch.no_grad():
-        total = -float(model.penalty())
-        for first in range(0, len(windows.time), batch):
-            part = windows[first : first + batch]
-            total += float(_log_likelihood(model, part).sum())
+    total = -float(model.penalty()[0])
+    for first in range(0, len(windows), batch):
+        part = windows[first : first + batch]
+        total += float(_log_likelihood(model, part, with_gradient=False)[0].sum())
     return total
 
 
-def _draw_windows(panel, values, size, most, rng):
-    """Return windows of cells of a panel.
+def _draw_windows(panel, values, size, most, batch, rng):
+    """Return windows of cells of a panel, which are looked at in batches.
 
     A series that fits into a window is one; of a longer one half of the windows are
     stretches, half are whole rows drawn from spans of any length up to all.
@@ -307,7 +284,7 @@ def _draw_windows(panel, values, size, most, rng):
         time[place] = panel.time[rows[cells]]
         channel[place] = channels[cells]
         value[place] = values[rows[cells], channels[cells]]
-    return _Windows(*map(torch.as_tensor, (time, channel, value)))
+    return Windows.prepare(time, channel, value, values.shape[1], batch)
 
 
 def _robust_scale(values):
@@ -340,13 +317,13 @@ def _start_blocks(n_channels, step, span):
     middle = math.sqrt(step * span)
     if n_channels > FEW:
         scales = [span, middle, 2 * step]
-        return [_Block("constant", 1.0)] + [_Block("ou", scale) for scale in scales]
+        return [Block("constant", 1.0)] + [Block("ou", scale) for scale in scales]
     return [
-        _Block("constant", 1.0),
-        _Block("matern", span / 3),
-        _Block("matern", middle),
-        _Block("ou", middle),
-        _Block("ou", 2 * step),
+        Block("constant", 1.0),
+        Block("matern", span / 3),
+        Block("matern", middle),
+        Block("ou", middle),
+        Block("ou", 2 * step),
     ]
 
 
@@ -354,7 +331,7 @@ def _cycle_blocks(period, step, span, first, most):
     """Return the blocks of harmonics of a period, as far as rows can tell."""
     n = int(min(most, max(1, period / (2 * step))))
     frequency = 2 * math.pi / period
-    return [_Block("cycle", span, frequency, j + 1, first) for j in range(n)]
+    return [Block("cycle", span, frequency, j + 1, first) for j in range(n)]
 
 
 def fit_process(panel, *, rng, window=128, n_windows=160, n_steps=150, batch=16):
@@ -394,16 +371,24 @@ def fit_warped_process(panel, *, rng, window=128, n_windows=160, n_steps=150, ba
     return _fit(panel, rng, True, window, n_windows, n_steps, batch)
 
 
+def _weigh(warp, process, panel):
+    """Return the inverse covariance of a panel times its values."""
+    seen = replace(panel, values=warp.forward(panel.values))
+    return -process.log_density_and_gradient(seen)[1]
+
+
+@threadpool_limits.wrap(limits=1)  # matrices are small: threads would only wait
 def _fit(panel, rng, warped, window, n_windows, n_steps, batch):
     """Learn a process without cycles, then add cycles as long as they pay."""
     generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
     centre, scale = _robust_scale(panel.values)
     bounds = find_bounds(panel.values, centre, scale)
     values = (np.clip(panel.values, *bounds) - centre) / scale
+    scaled = replace(panel, values=values)
     step, span = _time_scales(panel)
     n_channels = values.shape[1]
     zero, one = np.zeros(n_channels), np.ones(n_channels)
-    windows = _draw_windows(panel, values, window, n_windows, rng)
+    windows = _draw_windows(panel, values, window, n_windows, batch, rng)
 
     def learn(model):
         _learn(model, windows, n_steps, batch, LEARNING_RATE, generator)
@@ -415,9 +400,8 @@ def _fit(panel, rng, warped, window, n_windows, n_steps, batch):
     refused = []
     while len(refused) < MOST_TRIES and model.n_cycles < MOST_CYCLES:
         warp = Warp(zero, one, model.powers(), (bounds - centre) / scale)
-        seen = replace(panel, values=warp.forward(values))
-        weight = -model.process(zero, one).log_density_and_gradient(seen)[1]
-        period = find_cycle(panel, weight, step, rng, refused)
+        weigh = partial(_weigh, warp, model.process(zero, one))
+        period = find_cycle(scaled, weigh, step, rng, refused)
         if period is None:
             break
         cycle = _cycle_blocks(period, step, span, len(model.blocks), most)

@@ -30,14 +30,15 @@ NEAR = 0.02
 HARMONICS = 6
 
 
-def find_cycle(panel, weight, step, rng, refused=(), most_series=64, level=1e-3):
+def find_cycle(panel, weigh, step, rng, refused=(), most_series=64, level=1e-3):
     """Find the most prominent period.
 
     Parameters
     ----------
     panel : Panel
-    weight : ndarray of shape (n_rows, n_channels)
-        Inverse covariance times values, 0 where nothing was observed.
+    weigh : callable
+        Returns the inverse covariance times the values, 0 where nothing was observed,
+        of some of the series: those that are looked at.
     step : float
         A typical step in time.
     rng : numpy.random.Generator
@@ -53,7 +54,7 @@ def find_cycle(panel, weight, step, rng, refused=(), most_series=64, level=1e-3)
     -------
     period : float or None
     """
-    power, n_parts, frequency = _periodogram(panel, weight, step, rng, most_series)
+    power, n_parts, frequency = _periodogram(panel, weigh, step, rng, most_series)
     if power is None:
         return None
     typical = gamma.median(n_parts) / n_parts
@@ -91,7 +92,7 @@ def _find_slow_cycle(power, frequency, refused):
     return 1 / frequency[best]
 
 
-def _periodogram(panel, weight, step, rng, most_series):
+def _periodogram(panel, weigh, step, rng, most_series):
     """Return summed power, of how many series and channels, and frequencies."""
     counts = np.diff(panel.offsets)
     spans = np.zeros(len(counts))
@@ -102,11 +103,12 @@ def _periodogram(panel, weight, step, rng, most_series):
     chosen = np.flatnonzero((spans > span / 2) & (counts >= 16))
     if not len(chosen):
         return None, 0, None
-    chosen = rng.permutation(chosen)[:most_series]
+    panel = panel.take(rng.permutation(chosen)[:most_series])
+    weight = weigh(panel)
     size = int(min(MOST, 2 ** np.ceil(np.log2(2 * FINE * span / step + 1))))
     grid = max(step / FINE, 2 * span / (size - 1))
     power, n_parts = 0.0, 0
-    for series in chosen:
+    for series in range(panel.n_series):
         rows = slice(panel.offsets[series], panel.offsets[series + 1])
         place = np.rint((panel.time[rows] - panel.time[rows.start]) / grid)
         for column in weight[rows].T:

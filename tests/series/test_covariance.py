@@ -5,10 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from sknode._series import covariance
 from sknode._series.covariance import fit_process, fit_warped_process
 from sknode._series.cycles import find_cycle
+from sknode._series.likelihood import Block, Windows, log_likelihood
 from sknode._series.panel import Panel
 from sknode._series.state_space import LinearProcess
 from sknode._series.warp import Warp, find_levels
@@ -40,43 +42,76 @@ def hide(values, share=0.1, seed=0):
     return np.where(hidden, np.nan, values), hidden
 
 
-@pytest.fixture
-def learned():
-    """A model of two channels with all kinds of blocks, away from its start."""
+def make_model(n_channels=2, warped=True):
+    """Return a model with all kinds of blocks, away from its start."""
     blocks = [
-        *covariance._start_blocks(2, 1.0, 20.0),
-        *covariance._cycle_blocks(5.0, 1.0, 20.0, 5, 2),
+        *covariance._start_blocks(n_channels, 1.0, 20.0),
+        *covariance._cycle_blocks(5.0, 1.0, 20.0, 5 if n_channels <= 8 else 4, 2),
     ]
     generator = torch.Generator().manual_seed(0)
-    model = covariance._Model(2, blocks, True, generator)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter += 0.3 * noise
+    model = covariance._Model(n_channels, blocks, warped, generator)
+    noise = torch.randn(model.parameters.shape, generator=generator)
+    model.parameters += 0.3 * noise
     return model
 
 
-def make_windows(seed=0, n=9):
-    """Return two windows of two channels, one of them padded."""
-    rng = np.random.default_rng(seed)
-    channel = rng.integers(0, 2, (2, n))
+def make_cells(times="any", n_channels=2, n=24):
+    """Return time, channel and value of cells of two windows, one of them padded."""
+    rng = np.random.default_rng(0)
+    channel = rng.integers(0, n_channels, (2, n))
+    time = np.sort(rng.uniform(0, 9, (2, n)))
+    if times == "regular":
+        time = np.sort(rng.integers(0, 4, (2, n)) * 0.7)
+    elif times == "shared":
+        time = np.sort(rng.uniform(0, 9, (2, n // 2))).repeat(2, axis=1)
     channel[1, -3:] = -1
     value = np.where(channel >= 0, rng.normal(size=(2, n)), 0.0)
-    time = np.where(channel >= 0, np.sort(rng.uniform(0, 9, (2, n))), 0.0)
-    parts = (torch.as_tensor(part) for part in (time, channel, value))
-    return covariance._Windows(*parts)
+    return np.where(channel >= 0, time, 0.0), channel, value
 
 
-def test_likelihood_of_windows_is_that_of_the_process(learned, monkeypatch):
+def plain_log_likelihood(model, parameters, cells):
+    """Return the log-likelihood of windows from its formula, for autograd."""
+    part, total = model.parts(parameters), 0.0
+    rate = part["log_rate"].exp()
+    tuning = (model.width * part["shift"]).exp()
+    level = part["mixing"] @ part["mixing"].mT
+    level = level + torch.diag_embed((2 * part["log_own"]).exp())
+    noise = (2 * part["log_noise"]).exp() + covariance.FLOOR**2
+    power = 2 * torch.sigmoid(part["power_"]) if model.warped else torch.ones(2, 99)
+    for time, channel, value in zip(*map(torch.as_tensor, cells), strict=True):
+        time, value, channel = (x[channel >= 0] for x in (time, value, channel))
+        lag = (time[:, None] - time).abs()
+        K = torch.diag(noise[channel])
+        for k, block in enumerate(model.blocks):
+            decay, wave = rate[k] * lag, 1.0
+            if block.kind == "cycle":
+                frequency = block.frequency * tuning[block.first]
+                wave = (block.harmonic * frequency * lag).cos()
+                decay = rate[block.first] * lag
+            elif block.kind == "matern":
+                wave = 1 + decay
+            elif block.kind == "constant":
+                decay = torch.zeros_like(lag)
+            K = K + level[k][channel][:, channel] * wave * (-decay).exp()
+        p = torch.where(value < 0, power[0, channel], power[1, channel])
+        size = (1 + value.abs()) ** p
+        warped = value.sign() * (size - 1) / p - part["mean"][channel]
+        total = total + torch.distributions.MultivariateNormal(
+            torch.zeros_like(value), K
+        ).log_prob(warped)
+        total = total + ((p - 1) * (1 + value.abs()).log()).sum()
+    return total
+
+
+def test_likelihood_of_windows_is_that_of_the_process(monkeypatch):
     monkeypatch.setattr(covariance, "NEGLIGIBLE", 0.0)
-    windows = make_windows()
+    learned, cells = make_model(), make_cells()
+    windows = Windows.prepare(*cells, 2, 2)
     warp = Warp(np.zeros(2), np.ones(2), learned.powers(), BOUNDS)
     process = learned.process(np.zeros(2), np.ones(2))
-    likelihood = covariance._log_likelihood(learned, windows).detach().numpy()
+    likelihood = covariance._log_likelihood(learned, windows)[0].numpy()
     for k in range(2):
-        time, channel, value = (
-            part[k].numpy() for part in (windows.time, windows.channel, windows.value)
-        )
+        time, channel, value = (part[k] for part in cells)
         seen = channel >= 0
         values = np.full((seen.sum(), 2), np.nan)
         values[np.arange(seen.sum()), channel[seen]] = value[seen]
@@ -85,24 +120,66 @@ def test_likelihood_of_windows_is_that_of_the_process(learned, monkeypatch):
         np.testing.assert_allclose(likelihood[k], expected, rtol=1e-9)
 
 
-def test_gradient_of_the_likelihood_is_exact(learned):
-    windows = make_windows()
-    parameters = list(learned.parameters())
+@pytest.mark.parametrize(
+    "times, n_channels, warped, one_table, one_pair",
+    [
+        ("regular", 1, True, True, False),
+        ("regular", 2, False, True, False),
+        ("shared", 2, True, False, False),
+        ("any", 1, True, False, False),
+        ("any", 2, True, False, True),
+        ("any", 12, True, False, True),
+    ],
+)
+def test_gradient_of_the_likelihood_is_exact(
+    times, n_channels, warped, one_table, one_pair
+):
+    model, cells = make_model(n_channels, warped), make_cells(times, n_channels)
+    windows = Windows.prepare(*cells, n_channels, 2)
+    # covariances are kept in each of the ways there are
+    assert (len(windows.lag) == 1) == one_table
+    assert (windows.pair is not None) == one_pair
+    leaf = model.parameters.clone().requires_grad_()
+    expected = plain_log_likelihood(model, leaf, cells)
+    (slope,) = torch.autograd.grad(expected, leaf)
+    found, gradient = covariance._log_likelihood(model, windows)
+    torch.testing.assert_close(found.sum(), expected.detach(), rtol=1e-11, atol=0)
+    torch.testing.assert_close(gradient, slope, rtol=1e-8, atol=1e-10)
+    # some of the windows are what they are among others
+    for k in range(2):
+        alone, _ = covariance._log_likelihood(model, windows[[k]])
+        torch.testing.assert_close(alone[0], found[k], rtol=1e-12, atol=0)
 
-    def likelihood(*_):
-        return covariance._log_likelihood(learned, windows)
 
-    likelihood().sum().backward()
-    for parameter in parameters:
-        flat, slope = parameter.data.view(-1), parameter.grad.view(-1)
-        for k in range(0, len(flat), 3):
-            values = []
-            for step in (-1e-5, 1e-5):
-                flat[k] += step
-                values.append(float(likelihood().sum().detach()))
-                flat[k] -= step
-            difference = (values[1] - values[0]) / 2e-5
-            np.testing.assert_allclose(slope[k], difference, rtol=1e-5, atol=1e-6)
+def test_gradient_of_the_penalty_is_exact():
+    model = make_model(3)
+    gradient, at = model.penalty()[1], model.parameters
+    for k in range(len(at)):
+        values = []
+        for step in (-1e-5, 1e-5):
+            at[k] += step
+            values.append(float(model.penalty()[0]))
+            at[k] -= step
+        difference = (values[1] - values[0]) / 2e-5
+        np.testing.assert_allclose(gradient[k], difference, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), 400.0])
+def test_parameters_without_a_likelihood_are_an_error(bad):
+    model = make_model()
+    model.log_own[0, 0] = bad
+    with pytest.raises(torch.linalg.LinAlgError, match="not positive definite"):
+        covariance._log_likelihood(model, Windows.prepare(*make_cells(), 2, 2))
+
+
+@pytest.mark.parametrize("level, noise", [(1.0, -0.5), (1.0, 0.0), (-2.0, 1.0)])
+def test_a_covariance_that_is_none_is_an_error(level, noise):
+    windows = Windows.prepare(*make_cells("regular", 1), 1, 2)
+    level = torch.full((1, 1), level).double()
+    noise, rates = torch.full_like(windows.value, noise), torch.zeros(2, 1).double()
+    blocks = [Block("constant", 1.0)]
+    with pytest.raises(torch.linalg.LinAlgError, match="not positive definite"):
+        log_likelihood(windows, windows.value, noise, blocks, level, *rates)
 
 
 def test_learned_process_is_as_likely_as_the_true_one():
@@ -250,11 +327,40 @@ def test_a_refused_period_makes_way_for_the_next():
     panel = make_panel((values + rng.normal(size=2000))[:, None], time)
     found = []
     for _ in range(2):
-        found.append(find_cycle(panel, panel.values, 1.0, rng, found))
+        found.append(find_cycle(panel, lambda some: some.values, 1.0, rng, found))
     # or small multiples of them
     multiples = np.array(found) / [31, 100]
     np.testing.assert_allclose(multiples, np.rint(multiples), rtol=0.01)
     assert (multiples > 0.5).all()
+
+
+def test_series_that_are_not_looked_at_are_not_weighed():
+    values = np.random.default_rng(0).normal(size=(5 * 40, 1))
+    panel = make_panel(values, np.tile(np.arange(40.0), 5), 40 * np.arange(6))
+    weighed = []
+
+    def weigh(some):
+        weighed.append(some.n_series)
+        return some.values
+
+    find_cycle(panel, weigh, 1.0, np.random.default_rng(0), most_series=3)
+    assert weighed == [3]
+
+
+def test_small_matrices_are_not_shared_among_threads(monkeypatch):
+    learn, seen = covariance._learn, []
+
+    def watched(*args):
+        seen.append([pool["num_threads"] for pool in threadpool_info()])
+        return learn(*args)
+
+    monkeypatch.setattr(covariance, "_learn", watched)
+    panel = make_panel(np.random.default_rng(0).normal(size=(20, 1)))
+    with threadpool_limits(2):
+        before = threadpool_info()
+        fit_process(panel, rng=np.random.default_rng(0), n_steps=2)
+        assert threadpool_info() == before
+    assert seen and all(n == 1 for threads in seen for n in threads)
 
 
 @pytest.mark.parametrize("n_series, noise", [(1, 0.1), (3, 0.5)])
