@@ -22,7 +22,7 @@ class _Optimizer:
     Parameters
     ----------
     groups : list of dict
-        With ``"params"``, and ``"decay"``: whether the group is penalised.
+        With ``"params"``; for `penalize` with ``"decay"``: whether it counts.
     lr : float
         Step size.
 
@@ -93,10 +93,23 @@ class _Optimizer:
 class Adam(_Optimizer):
     """Adam [1]_, with torch's fused arithmetic.
 
+    Parameters
+    ----------
+    groups : list of dict
+        Groups of parameters.
+    lr : float
+        Step size.
+    betas : tuple of float
+        What remains of the means of gradients and of their squares in a step.
+
     References
     ----------
     .. [1] Kingma & Ba, "Adam: A method for stochastic optimization", ICLR 2015.
     """
+
+    def __init__(self, groups: list[dict], lr: float, betas=(0.9, 0.999)):
+        super().__init__(groups, lr)
+        self.betas = betas
 
     def _start(self, p):
         step = torch.zeros((), dtype=torch.float32, device=p.device)
@@ -113,8 +126,8 @@ class Adam(_Optimizer):
             steps,
             fused=True,
             amsgrad=False,
-            beta1=0.9,
-            beta2=0.999,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
             lr=lr,
             weight_decay=penalty,
             eps=1e-8,

@@ -15,8 +15,9 @@ from functools import partial
 
 import numpy as np
 import torch
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_limits  # scikit-learn brings it along
 
+from sknode._optimizers import Adam
 from sknode._series.cycles import find_cycle
 from sknode._series.likelihood import Block, Windows, log_likelihood
 from sknode._series.state_space import LinearProcess
@@ -218,21 +219,18 @@ def _log_likelihood(model, windows, with_gradient=True):
 
 def _learn(model, windows, n_steps, batch, learning_rate, generator):
     """Maximise the penalised likelihood by Adam."""
-    optimizer = torch.optim.Adam(
-        [model.parameters], lr=learning_rate, betas=(0.9, 0.98)
-    )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
-        optimizer, n_steps, eta_min=learning_rate / 50
-    )
-    n_cells = windows.n_cells
-    for _ in range(n_steps):
+    optimizer = Adam([{"params": [model.parameters]}], learning_rate, (0.9, 0.98))
+    (group,), n_cells = optimizer.param_groups, windows.n_cells
+    for step in range(n_steps):
+        # along a cosine, down to a fiftieth
+        wave = (1 + math.cos(math.pi * step / n_steps)) / 2
+        group["lr"] = learning_rate * (wave + (1 - wave) / 50)
         index = torch.randperm(len(windows), generator=generator)[:batch]
         part = windows[index]
         gradient = _log_likelihood(model, part)[1]
         penalty = model.penalty()[1]
         model.parameters.grad = penalty / n_cells - gradient / part.n_cells
         optimizer.step()
-        schedule.step()
 
 
 def _evaluate(model, windows, batch):
@@ -377,7 +375,8 @@ def _weigh(warp, process, panel):
     return -process.log_density_and_gradient(seen)[1]
 
 
-@threadpool_limits.wrap(limits=1)  # matrices are small: threads would only wait
+# matrices are small: threads would only wait
+@threadpool_limits.wrap(limits=1, user_api="blas")
 def _fit(panel, rng, warped, window, n_windows, n_steps, batch):
     """Learn a process without cycles, then add cycles as long as they pay."""
     generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
