@@ -210,10 +210,12 @@ class MLPField(nn.Module):
         changed = type(self).forward is not MLPField.forward
         if changed or has_hooks(self) or tuple(state) != (self.dim,):
             return None
-        layers = self.layers._modules.values()
-        if not all(type(layer).forward is nn.Linear.forward for layer in layers):
-            return None
-        return MLPClosedForm(self, [_weights(layer) for layer in layers])
+        layers = []
+        for layer in self.layers._modules.values():
+            if type(layer).forward is not nn.Linear.forward:
+                return None
+            layers.append(_weights(layer))
+        return MLPClosedForm(self, layers)
 
 
 def _weights(layer: nn.Linear) -> tuple[Tensor, Tensor | None]:

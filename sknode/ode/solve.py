@@ -26,6 +26,7 @@ __all__ = ["solve_ode"]
 
 STATISTICS = ("n_steps", "n_accepted", "n_rejected", "n_f_evals")
 DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+LEAST_RTOL = {dtype: 4 * torch.finfo(dtype).eps for dtype in DTYPES}
 STEP_CONTROLS = ("per_sample", "shared")
 # Kinds of settings that are known by their value.
 BY_VALUE = {str, bool, int, float, type(None)}
@@ -294,7 +295,7 @@ def solve(
         stats=dict(zip(STATISTICS, counts, strict=True)),
         t_reached=t_reached,
         _resolve=again,
-        _clean=not trace.status.any(),
+        _clean=not np.count_nonzero(trace.status),
     )
 
 
@@ -375,7 +376,7 @@ def _options(dtype: torch.dtype, **settings) -> Options:
     rtol = settings.get("rtol")
     # rounding in a step is a few units in the last place: below this there is
     # nothing to control
-    least = 4 * torch.finfo(dtype).eps
+    least = LEAST_RTOL[dtype]
     if isinstance(rtol, Real) and 0 < rtol < least:
         warnings.warn(
             f"rtol={rtol:g} is below what {dtype} can carry; using {least:.2g}.",

@@ -498,10 +498,13 @@ class FieldView:
 
 def has_hooks(module: torch.nn.Module) -> bool:
     """Return whether someone wants to be called with a module or a part of it."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        return True
     # not by `modules`, which takes care of modules that occur twice
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-    ) or any(has_hooks(m) for m in module._modules.values() if m is not None)
+    for part in module._modules.values():
+        if part is not None and has_hooks(part):
+            return True
+    return False
 
 
 def bind(

@@ -293,8 +293,9 @@ def solve(
     y0 = _plain(y0)
     y = torch.empty(batch, n_times, y0.shape[1], dtype=y0.dtype)
     call = _Call(network, y, times, options)
-    steps = _native.solve(*call.arguments(y0, record, _threads(network, batch)))
-    return call.trace(Recorded(steps, call.times, call.shapes) if record else None)
+    steps = _native.solve(*call.arguments(y0, record))
+    recorded = Recorded(steps, call.times, _shapes(call.layers)) if record else None
+    return call.trace(recorded)
 
 
 class _Call:
@@ -315,14 +316,12 @@ class _Call:
             n = len(self.mixture[0]) if self.mixture else 0
             addresses = [x.data_ptr() for x in self.mixture] or [0] * 4
             self.flow = (network.n_frequencies, n, *addresses)
-        self.shapes = [
-            (w.shape, None if b is None else b.shape) for w, b in self.layers
-        ]
 
-    def arguments(self, y0: Tensor | None, record: bool, threads: int) -> tuple:
+    def arguments(self, y0: Tensor | None, record: bool) -> tuple:
         """Return what the solves forwards and backwards have in common."""
         network, y, times = self.network, self.y, self.times
         batch, n_times, dim = y.shape
+        several = _worth_threads(network, batch)
         return (
             _sets()[chosen()],
             y.dtype == torch.float64,
@@ -347,8 +346,8 @@ class _Call:
             torch.from_numpy(self.counts).data_ptr(),
             torch.from_numpy(self.t_reached).data_ptr(),
             record,
-            threads,
-            _worth_threads(network, batch),
+            torch.get_num_threads() if several else 1,
+            several,
         )
 
     def trace(self, records: Recorded | None) -> Trace:
@@ -389,7 +388,7 @@ def reverse(
         grad.data_ptr(),
         grad_y0.data_ptr(),
         _addresses(found),
-        _threads(network, len(grad)),
+        torch.get_num_threads() if _worth_threads(network, len(grad)) else 1,
     )
     return grad_y0, [x for pair in found for x in pair if x is not None]
 
@@ -435,10 +434,10 @@ def adjoint(
     call = _Call(network, _plain(y), times, options)
     grad = _plain(grad)
     grad_y = grad.new_zeros(grad.shape[0], grad.shape[2])
-    found = _make_gradients(call.shapes, grad)
+    found = _make_gradients(_shapes(call.layers), grad)
     last, scale = (np.ascontiguousarray(x, np.float64) for x in (last, scale))
     _native.adjoint(
-        *call.arguments(None, False, _threads(network, len(grad))),
+        *call.arguments(None, False),
         grad.data_ptr(),
         last.ctypes.data,
         scale.ctypes.data,
@@ -470,12 +469,13 @@ def _plain(x: Tensor) -> Tensor:
     return x.detach().contiguous().resolve_neg()
 
 
-def _threads(network: Network, batch: int) -> int:
-    """Return how many threads to use, at most as many as torch does."""
-    return torch.get_num_threads() if _worth_threads(network, batch) else 1
+def _shapes(layers) -> list[tuple[torch.Size, torch.Size | None]]:
+    """Return the shapes of weights and biases."""
+    return [(w.shape, None if b is None else b.shape) for w, b in layers]
 
 
 def _worth_threads(network: Network, batch: int) -> bool:
+    """Return whether there is work for as many threads as torch uses."""
     size = sum(w.numel() for w, _ in network.layers)
     return batch * size >= THREAD_WORK
 
