@@ -341,8 +341,8 @@ struct LayerSum {
     }
 
 private:
-    // a part of the second-level cache
-    static constexpr int64_t SMALL_BYTES = 1 << 17;
+    // about half of the first-level cache: a step reads and writes all of it
+    static constexpr int64_t SMALL_BYTES = 1 << 15;
 
     void add_small(const T* delta, const T* x, int n_stages, int lanes) {
         constexpr int W = width<T>, R = SKNODE_REGISTERS == 32 ? 4 : 2;
