@@ -57,8 +57,7 @@ PARTS = {
     "held-out scores": [],  # of `train`, see there
     "judging": [(fitting, "_judge"), (_latent_base, "refinement_helps")],
     "optimizer": [
-        (_optimizers.Adam, "step"),
-        (_optimizers.Muon, "step"),
+        (_optimizers._Optimizer, "step"),
         (_training.Clip, "__call__"),
         (_training.Average, "update"),
     ],
