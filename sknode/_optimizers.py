@@ -85,7 +85,12 @@ class _Optimizer:
             group.update(settings)
         parameters = [p for group in self.param_groups for p in group["params"]]
         self.state = {
-            place: tuple(x.to(parameters[place].device, copy=True) for x in values)
+            place: tuple(
+                x.to(
+                    parameters[place] if x.ndim else parameters[place].device, copy=True
+                )
+                for x in values
+            )
             for place, values in saved["state"].items()
         }
 
@@ -235,7 +240,8 @@ def make_optimizer(
     lr : float
         Step size.
     state : dict, optional
-        The state of an earlier optimizer, to go on with.
+        The state of an earlier optimizer, to go on with; of another kind it is of no
+        use.
     """
     weights = [p for p in module.parameters() if p.ndim > 1]
     others = [p for p in module.parameters() if p.ndim <= 1]
@@ -252,7 +258,7 @@ def make_optimizer(
     rest = [p for p in weights if id(p) not in taken]
     groups = [{"params": rest, "decay": True}, {"params": others, "decay": False}]
     optimizer = MuonAndAdam(matrices, groups, lr) if matrices else Adam(groups, lr)
-    if state is not None:
+    if state is not None and state.keys() == optimizer.state_dict().keys():
         optimizer.load_state_dict(state)
         for group in optimizer.param_groups:
             group["lr"] = lr

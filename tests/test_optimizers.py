@@ -3,11 +3,15 @@
 import copy
 import subprocess
 import sys
+import warnings
 
+import numpy as np
 import pytest
 import torch
+from sklearn.exceptions import ConvergenceWarning
 from torch import nn
 
+from sknode import ODENetClassifier
 from sknode._base import to_numpy, to_torch
 from sknode._optimizers import (
     Adam,
@@ -123,6 +127,28 @@ def test_state_is_all_it_takes_to_go_on(name):
     third = make_optimizer(make_network(), name, 0.01, kept)
     steps = [part.state[0][0] for part in getattr(third, "parts", (third,))]
     assert float(steps[-1]) == 3
+
+
+@pytest.mark.parametrize("name", ["adam", "muon"])
+def test_a_state_follows_the_precision_of_the_module(name):
+    network = make_network()
+    first = make_optimizer(network, name, 0.01)
+    take_steps(network, first, range(2))
+    second = make_optimizer(network.double(), name, 0.01, first.state_dict())
+    take_steps(network, second, range(2, 4))
+    assert all(p.dtype is torch.float64 and p.isfinite().all() for p in values(network))
+
+
+def test_another_optimizer_starts_anew():
+    X = np.random.default_rng(0).normal(size=(30, 2))
+    y = X[:, 0] > 0
+    model = ODENetClassifier(warm_start=True, max_iter=2, random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        for name in ("adam", "muon", "adam"):
+            model.set_params(optimizer=name).fit(X, y)
+            model.partial_fit(X, y)
+    assert np.isfinite(model.predict_proba(X)).all()
 
 
 @pytest.mark.parametrize("name", ["adam", "muon"])

@@ -15,8 +15,8 @@ from functools import partial
 
 import numpy as np
 import torch
-from threadpoolctl import threadpool_limits  # scikit-learn brings it along
 
+from sknode._blas import one_thread
 from sknode._optimizers import Adam
 from sknode._series.cycles import find_cycle
 from sknode._series.likelihood import Block, Windows, log_likelihood
@@ -270,8 +270,10 @@ def _draw_windows(panel, values, size, most, batch, rng):
                 rows[cells], return_inverse=True, return_counts=True
             )
             order = rng.permutation(len(count))
-            chosen = order[: np.searchsorted(np.cumsum(count[order]), size, "right")]
-            cells = cells[np.isin(row, chosen)]
+            n = np.searchsorted(np.cumsum(count[order]), size, "right")
+            cells = cells[np.isin(row, order[: max(1, n)])]
+            if not n:  # a part of a row that is too long for a window
+                cells = np.sort(rng.permutation(cells)[:size])
         pieces.append(cells)
     longest = max(len(cells) for cells in pieces)
     time = np.zeros((len(pieces), longest))
@@ -375,8 +377,7 @@ def _weigh(warp, process, panel):
     return -process.log_density_and_gradient(seen)[1]
 
 
-# matrices are small: threads would only wait
-@threadpool_limits.wrap(limits=1, user_api="blas")
+@one_thread
 def _fit(panel, rng, warped, window, n_windows, n_steps, batch):
     """Learn a process without cycles, then add cycles as long as they pay."""
     generator = torch.Generator().manual_seed(int(rng.integers(2**63)))

@@ -24,6 +24,8 @@ LOG_2PI = math.log(2 * math.pi)
 CUT_OFF = 40.0
 # Lags of all windows are compared if they may become so many times fewer by it.
 FEWER = 2
+# They are then rounded to multiples of a unit; the shortest are at least so many.
+COARSE = 1e6
 # Correlations kept at a time, about what fits into a cache.
 CHUNK = 2**17
 
@@ -158,6 +160,7 @@ class Windows:
         Parameters
         ----------
         time, channel, value : ndarray of shape (n_windows, n_cells)
+            Every window has a cell at least.
         n_channels, batch : int
             Channels there are, and how many windows are looked at together.
         """
@@ -284,18 +287,23 @@ def _differences(time):
 def _distinct(lag, most, batch):
     """Return lags that occur in windows, and which of them each is.
 
-    Those of all windows, if these are fewer than the windows of a batch have, each its
-    own, or ``most`` of them. Lags that differ by no more than rounding are then one.
+    They are those of all windows, in one row, if there are few: at most one for
+    `FEWER` that a batch of windows has, counting ``most`` a window. Lags that differ by
+    no more than rounding are then one. Otherwise each window has its own.
     """
-    unit = 64 * np.finfo(float).eps * np.abs(lag).max() or 1.0
-    most = min(batch, len(lag)) * min(lag.shape[1], most) // FEWER
+    own = lag, np.broadcast_to(np.arange(lag.shape[1]), lag.shape)
+    unit = 64 * np.finfo(float).eps * lag.max()
+    if lag.min(where=lag > 0, initial=np.inf) < COARSE * unit:
+        return own
+    unit = unit or 1.0  # all lags are zero
     some = np.rint(lag[:4] / unit)
-    if len(np.unique(some)) <= some.size // FEWER:
-        steps = np.rint(lag / unit).astype(np.int64)
-        distinct = np.unique(steps)
-        if len(distinct) <= most:
-            return distinct[None] * unit, np.searchsorted(distinct, steps)
-    return lag, np.broadcast_to(np.arange(lag.shape[1]), lag.shape)
+    if len(np.unique(some)) > some.size // FEWER:
+        return own
+    steps = np.rint(lag / unit).astype(np.int64)
+    distinct = np.unique(steps)
+    if len(distinct) > min(batch, len(lag)) * min(lag.shape[1], most) // FEWER:
+        return own
+    return distinct[None] * unit, np.searchsorted(distinct, steps)
 
 
 @dataclass(frozen=True)

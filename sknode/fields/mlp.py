@@ -222,7 +222,7 @@ def _weights(layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
     """Return weight and bias of a layer."""
     own = layer._parameters
     try:
-        return own["weight"], own["bias"]  # a module takes its time for attributes
+        return own["weight"], own["bias"]  # several times as fast as attributes
     except KeyError:
         return layer.weight, layer.bias  # computed: see torch.nn.utils.parametrize
 

@@ -19,7 +19,6 @@ __all__ = [
     "StageBuffer",
     "StageTimes",
     "combine",
-    "count_evaluations",
     "dense_values",
     "powers",
     "taped_outputs",
@@ -105,15 +104,11 @@ class ExplicitStepper(Stepper):
         return combine(y, k[:last], tableau.rows[last]), dense
 
     def evaluations(self, trace):
-        return count_evaluations(self.tableau, trace)
-
-
-def count_evaluations(tableau: Tableau, trace) -> np.ndarray:
-    """Return how many evaluations the steps of every lane took."""
-    count = trace.n_steps * (tableau.n_stages - 1)
-    if tableau.n_stages_extended > tableau.n_stages:
-        count += trace.n_dense * (tableau.n_stages_extended - tableau.n_stages)
-    return count if trace.n_jumps is None else count + trace.n_jumps
+        tableau = self.tableau
+        count = trace.n_steps * (tableau.n_stages - 1)
+        if tableau.n_stages_extended > tableau.n_stages:
+            count += trace.n_dense * (tableau.n_stages_extended - tableau.n_stages)
+        return count if trace.n_jumps is None else count + trace.n_jumps
 
 
 class StageBuffer:

@@ -361,7 +361,8 @@ def _check_state(y0) -> None:
 def _check_times(t, batch: int, shared: bool) -> Tensor:
     """Return the output times in double precision: time costs nothing on the host."""
     if not isinstance(t, Tensor):
-        t = torch.as_tensor(t, dtype=torch.float64)
+        # a copy: of changes to an array, autograd would not know
+        t = torch.tensor(t, dtype=torch.float64)
     if t.is_complex():
         raise TypeError("t must be real.")
     fits = t.ndim == 1 or (t.ndim == 2 and len(t) == batch and not shared)

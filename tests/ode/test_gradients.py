@@ -4,6 +4,7 @@ import contextlib
 import gc
 import weakref
 
+import numpy as np
 import pytest
 import torch
 
@@ -178,6 +179,23 @@ def test_weights_changed_in_between_are_noticed(y0):
         field.layers[0].weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_an_array_of_times_may_change_in_between(y0):
+    grads = []
+    for factor in (1.0, 0.3):
+        field = MLPField.from_linears(
+            [torch.nn.Linear(2, 3).double(), torch.nn.Linear(3, 2).double()]
+        )
+        with torch.no_grad():
+            for i, p in enumerate(field.parameters()):
+                p.copy_(torch.linspace(-1, 1 + i, p.numel()).view_as(p))
+        times = np.linspace(0.0, 1.0, 5)
+        y = solve_ode(field, y0, times).y
+        times *= factor
+        y.square().sum().backward()
+        grads.append([p.grad for p in field.parameters()])
+    torch.testing.assert_close(*grads, rtol=0, atol=0)
 
 
 def test_second_derivatives_come_from_backpropagation(y0, w):

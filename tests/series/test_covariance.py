@@ -347,24 +347,46 @@ def test_series_that_are_not_looked_at_are_not_weighed():
     assert weighed == [3]
 
 
-def blas_threads():
-    return [x["num_threads"] for x in threadpool_info() if x["user_api"] == "blas"]
-
-
 def test_small_matrices_are_not_shared_among_threads(monkeypatch):
     learn, seen = covariance._learn, []
 
     def watched(*args):
-        seen.append(blas_threads())
+        seen.extend(x for x in threadpool_info() if x["user_api"] == "blas")
         return learn(*args)
 
     monkeypatch.setattr(covariance, "_learn", watched)
     panel = make_panel(np.random.default_rng(0).normal(size=(20, 1)))
-    with threadpool_limits(2):
-        before = threadpool_info()
+    with threadpool_limits(2, user_api="blas"):
         fit_process(panel, rng=np.random.default_rng(0), n_steps=2)
-        assert threadpool_info() == before
-    assert seen and all(n == 1 for threads in seen for n in threads)
+    assert {x["num_threads"] for x in seen} == {1}
+
+
+def test_rows_longer_than_a_window_are_read_in_part():
+    values = np.random.default_rng(0).normal(size=(12, 9))
+    values[::3, 4:] = np.nan
+    rng = np.random.default_rng(0)
+    windows = covariance._draw_windows(make_panel(values), values, 6, 40, 16, rng)
+    count = (windows.channel >= 0).sum(1)
+    assert count.min() >= 1 and count.max() == 6
+    process = fit_process(make_panel(values), rng=rng, window=6, n_steps=5)
+    assert np.isfinite(process.log_density_and_gradient(make_panel(values))[0]).all()
+
+
+@pytest.mark.parametrize("unit", [1e-9, 1.0, 1e9])
+def test_short_lags_beside_long_ones_are_not_rounded(unit):
+    near = unit * np.arange(6.0)
+    for time in (
+        np.stack([near, near * 1e12]),
+        np.stack([np.r_[near[:3], 1e12 * unit + near[:3]]] * 2),
+        np.stack([near, near + 0.5 * unit]),
+    ):
+        channel = np.zeros(time.shape, np.int64)
+        windows = Windows.prepare(time, channel, np.zeros(time.shape), 1, 2)
+        for k in range(2):
+            lag = windows.lag[min(k, len(windows.lag) - 1)].numpy()
+            found = lag[windows.place[k].numpy()]
+            expected = np.abs(time[k][:, None] - time[k])
+            np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("n_series, noise", [(1, 0.1), (3, 0.5)])

@@ -204,8 +204,9 @@ struct Arguments {
         p.y0 = reader.address(), p.y = reader.address();
         int64_t* counts = static_cast<int64_t*>(reader.address());
         p.status = counts, p.n_steps = counts + p.batch;
-        p.n_rejected = counts + 3 * p.batch, p.n_dense = counts + 4 * p.batch;
-        p.next_output = counts + 5 * p.batch;
+        p.n_accepted = counts + 2 * p.batch, p.n_rejected = counts + 3 * p.batch;
+        p.n_evaluations = counts + 4 * p.batch, p.next_output = counts + 5 * p.batch;
+        p.n_dense = p.n_evaluations;  // until they are counted
         p.t_reached = static_cast<double*>(reader.address());
         p.record = reader.integer() != 0;
         p.threads = static_cast<int>(reader.integer());
@@ -215,7 +216,7 @@ struct Arguments {
         solvers = find_solvers(set);
     }
 
-    // After the solve: count accepted steps, and turn dense outputs into evaluations.
+    // After the solve: count accepted steps and evaluations.
     void finish_counts() const {
         const Problem& p = problem;
         const Tableau& rk = p.tableau;
@@ -223,9 +224,9 @@ struct Arguments {
         for (int64_t i = 0; i < p.batch; ++i) {
             const double* times = p.times + i * p.times_stride;
             const bool moving = times[p.n_times - 1] != times[0];
-            p.n_steps[p.batch + i] = p.n_steps[i] - p.n_rejected[i];
-            p.n_dense[i] = p.n_dense[i] * (rk.n_extended - rk.n_stages) +
-                           p.n_steps[i] * (rk.n_stages - 1) + (moving ? 1 + chosen : 0);
+            p.n_accepted[i] = p.n_steps[i] - p.n_rejected[i];
+            p.n_evaluations[i] = p.n_dense[i] * (rk.n_extended - rk.n_stages) +
+                                 p.n_steps[i] * (rk.n_stages - 1) + (moving ? 1 + chosen : 0);
         }
     }
 };
@@ -290,6 +291,7 @@ PyObject* adjoint(PyObject*, PyObject* args) {
     const AdjointSolver solver =
         given.is_double ? solvers.adjoint_in_double : solvers.adjoint_in_float;
     if (PyErr_Occurred() || !run_unlocked([&] { solver(p); })) return nullptr;
+    given.finish_counts();
     Py_RETURN_NONE;
 }
 

@@ -99,8 +99,9 @@ struct Problem {
     const double* times;   // ascending or descending rows
     const void* y0;        // (batch, dim)
     void* y;               // (batch, n_times, dim)
-    int64_t *status, *n_steps, *n_rejected, *n_dense, *next_output;  // (batch,)
-    double* t_reached;                                               // (batch,)
+    // (batch,)
+    int64_t *status, *n_steps, *n_accepted, *n_rejected, *n_dense, *n_evaluations, *next_output;
+    double* t_reached;
     bool record;
     int threads;
     bool worth_threads;     // whether there is work for several, used or not

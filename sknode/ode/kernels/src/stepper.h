@@ -202,8 +202,8 @@ protected:
             h_[l] = static_cast<T>(h0[l] * sign_[l]);
             at[l] = std::min(t_[l] + h0[l], t_end_[l]);
         }
-        each_register<T>(size_, lanes_, [&](int64_t at, int g) {
-            store(state_ + at, load(y_ + at) + load(slope_ + at) * load(h_ + g));
+        each_register<T>(size_, lanes_, [&](int64_t i, int g) {
+            store(state_ + i, load(y_ + i) + load(slope_ + i) * load(h_ + g));
         });
         evaluate(1, state_, at, slope1_);
         for (int64_t i = 0; i < rows_; ++i)
