@@ -21,6 +21,7 @@ HEADERS = (
     "solve",
     "adjoint",
     "recurrent",
+    "perceptron",
 )
 
 kernels = Extension(

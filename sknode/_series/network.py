@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sknode._network import SolverSettings
+from sknode._series import decoder
 from sknode._series.panel import Panel
 from sknode._series.recurrent import last_state
 from sknode.fields import MLPField
-from sknode.fields.activations import get_activation
 from sknode.ode import SolverError, Status
+from sknode.ode.vector_field import Perceptron
 
 __all__ = ["LatentODENetwork", "Posterior", "Series"]
 
@@ -355,17 +356,14 @@ class LatentODENetwork(nn.Module):
 
     def decode(self, z: Tensor, covariates: Tensor) -> Tensor:
         """Return the means of the channels (..., n_channels) for latent states."""
-        act = get_activation(self.activation).function
-        h = z
+        rows = z
         if covariates.shape[-1]:
             covariates = covariates.expand(*z.shape[:-1], covariates.shape[-1])
-            h = torch.cat([z, covariates], -1)
-        # Units first: products of some units with many rows, and those for gradients,
-        # are several times as fast so.
-        h = h.flatten(0, -2).t().contiguous()
-        for i, layer in enumerate(self.decoder):
-            h = torch.addmm(layer.bias[:, None], layer.weight, act(h) if i else h)
-        return h.t().contiguous().unflatten(0, z.shape[:-1])
+            rows = torch.cat([z, covariates], -1)
+        layers = [(layer.weight, layer.bias) for layer in self.decoder]
+        network = Perceptron(layers, self.activation, uses_time=False)
+        means = decoder.evaluate(network, rows.flatten(0, -2))
+        return means.unflatten(0, z.shape[:-1])
 
     def forward(
         self,

@@ -7,7 +7,8 @@ of samples through all their steps while everything about them stays in the cach
 are an optional part of the package: what they compute, the loop in `integrate` computes
 too, which also serves everything that they do not.
 
-`recurrent` has what is no solve: what latent ODEs encode series with.
+`recurrent` and `perceptron` have what is no solve: what latent ODEs encode series
+with, and what they decode them with.
 """
 
 from __future__ import annotations

@@ -20,11 +20,13 @@ namespace avx2 {
 #include "solve.h"
 #include "adjoint.h"
 #include "recurrent.h"
+#include "perceptron.h"
 }  // namespace avx2
 
 Solvers solvers_avx2() {
     return {avx2::solve<float>, avx2::solve<double>, avx2::adjoint<float>, avx2::adjoint<double>,
-            avx2::recur<float>, avx2::recur<double>, avx2::recur_back<float>, avx2::recur_back<double>};
+            avx2::recur<float>, avx2::recur<double>, avx2::recur_back<float>, avx2::recur_back<double>,
+            avx2::evaluate<float>, avx2::evaluate<double>, avx2::evaluate_back<float>, avx2::evaluate_back<double>};
 }
 }  // namespace sknode
 

@@ -20,11 +20,13 @@ namespace avx512 {
 #include "solve.h"
 #include "adjoint.h"
 #include "recurrent.h"
+#include "perceptron.h"
 }  // namespace avx512
 
 Solvers solvers_avx512() {
     return {avx512::solve<float>, avx512::solve<double>, avx512::adjoint<float>, avx512::adjoint<double>,
-            avx512::recur<float>, avx512::recur<double>, avx512::recur_back<float>, avx512::recur_back<double>};
+            avx512::recur<float>, avx512::recur<double>, avx512::recur_back<float>, avx512::recur_back<double>,
+            avx512::evaluate<float>, avx512::evaluate<double>, avx512::evaluate_back<float>, avx512::evaluate_back<double>};
 }
 }  // namespace sknode
 

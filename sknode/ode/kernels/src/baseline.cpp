@@ -17,10 +17,12 @@ namespace baseline {
 #include "solve.h"
 #include "adjoint.h"
 #include "recurrent.h"
+#include "perceptron.h"
 }  // namespace baseline
 
 Solvers solvers_baseline() {
     return {baseline::solve<float>, baseline::solve<double>, baseline::adjoint<float>, baseline::adjoint<double>,
-            baseline::recur<float>, baseline::recur<double>, baseline::recur_back<float>, baseline::recur_back<double>};
+            baseline::recur<float>, baseline::recur<double>, baseline::recur_back<float>, baseline::recur_back<double>,
+            baseline::evaluate<float>, baseline::evaluate<double>, baseline::evaluate_back<float>, baseline::evaluate_back<double>};
 }
 }  // namespace sknode

@@ -335,6 +335,46 @@ PyObject* recur_back(PyObject*, PyObject* args) {
     Py_RETURN_NONE;
 }
 
+Evaluation read_evaluation(Reader& reader) {
+    Evaluation p;
+    PyObject* model = reader.object();
+    if (!model) return p;
+    p.model = read_model(model);
+    p.rows = reader.integer();
+    p.x = reader.address(), p.out = reader.address();
+    p.threads = static_cast<int>(reader.integer());
+    p.interrupted = interrupted;
+    return p;
+}
+
+PyObject* evaluate(PyObject*, PyObject* args) {
+    Reader reader(args);
+    const int64_t set = reader.integer();
+    const bool is_double = reader.integer() != 0;
+    const Evaluation p = read_evaluation(reader);
+    if (PyErr_Occurred()) return nullptr;
+    const Solvers solvers = find_solvers(set);
+    const auto run = is_double ? solvers.evaluate_in_double : solvers.evaluate_in_float;
+    if (PyErr_Occurred() || !run_unlocked([&] { run(p); })) return nullptr;
+    Py_RETURN_NONE;
+}
+
+PyObject* evaluate_back(PyObject*, PyObject* args) {
+    Reader reader(args);
+    const int64_t set = reader.integer();
+    const bool is_double = reader.integer() != 0;
+    EvaluationReverse p;
+    p.forward = read_evaluation(reader);
+    p.grad = reader.address(), p.grad_x = reader.address();
+    PyObject* layers = reader.object();
+    if (PyErr_Occurred()) return nullptr;
+    p.layers = read_layer_gradients(layers);
+    const Solvers solvers = find_solvers(set);
+    const auto run = is_double ? solvers.evaluate_back_in_double : solvers.evaluate_back_in_float;
+    if (PyErr_Occurred() || !run_unlocked([&] { run(p); })) return nullptr;
+    Py_RETURN_NONE;
+}
+
 PyObject* recorded_bytes(PyObject*, PyObject* capsule) {
     const Recording* recording = read_recording(capsule);
     return recording ? PyLong_FromLongLong(recording->bytes()) : nullptr;
@@ -366,6 +406,8 @@ PyMethodDef methods[] = {
     {"adjoint", adjoint, METH_VARARGS, "Solve states and cotangents backwards."},
     {"recur", recur, METH_VARARGS, "Read series with a recurrent unit."},
     {"recur_back", recur_back, METH_VARARGS, "Go back over what it read."},
+    {"evaluate", evaluate, METH_VARARGS, "Evaluate a perceptron at rows."},
+    {"evaluate_back", evaluate_back, METH_VARARGS, "Go back over an evaluation."},
     {"recorded_bytes", recorded_bytes, METH_O, "The memory that recorded steps take."},
     {"share_threads", share, METH_O, "Use torch's threads or not; return whether they are."},
     {"instruction_sets", list_instruction_sets, METH_NOARGS,

@@ -152,6 +152,23 @@ struct RecurrenceReverse {
     void* gradients[4];  // of the parameters
 };
 
+// The rows that a perceptron without time is evaluated at.
+struct Evaluation {
+    Model model;  // `dim` is the number of its inputs
+    int64_t rows;
+    const void* x;  // (rows, inputs)
+    void* out;      // (rows, outputs), or null
+    int threads;
+    bool (*interrupted)();  // for `Watch`
+};
+
+struct EvaluationReverse {
+    Evaluation forward;
+    const void* grad;  // (rows, outputs)
+    void* grad_x;      // (rows, inputs), or null
+    std::vector<LayerGradient> layers;
+};
+
 // The steps of a solve, kept for going back over them.
 struct Recording {
     virtual ~Recording() = default;
@@ -172,6 +189,10 @@ struct Solvers {
     void (*recur_in_double)(const Recurrence&);
     void (*recur_back_in_float)(const RecurrenceReverse&);
     void (*recur_back_in_double)(const RecurrenceReverse&);
+    void (*evaluate_in_float)(const Evaluation&);
+    void (*evaluate_in_double)(const Evaluation&);
+    void (*evaluate_back_in_float)(const EvaluationReverse&);
+    void (*evaluate_back_in_double)(const EvaluationReverse&);
 };
 
 Solvers solvers_baseline();
