@@ -255,7 +255,7 @@ public:
     // The lane in which the next sample waits, or a negative number.
     int next(Queue& queue) {
         if (waiting_ == n_ && !begin_some(queue)) return -1;
-        return waiting_++;
+        return order_[waiting_++];
     }
     int64_t sample(int lane) const { return first_ + lane; }
     const TileStepper<T>& tile() const { return *this; }
@@ -263,6 +263,7 @@ public:
 private:
     int64_t first_ = 0;
     int waiting_ = 0, n_ = 0;
+    int order_[LANES<T>];  // of lanes
 
     bool begin_some(Queue& queue) {
         n_ = waiting_ = 0;
@@ -280,7 +281,17 @@ private:
                 this->y_[i * LANES<T> + l] = l < n_ ? this->initial(first_ + l)[i] : T(0);
         }
         this->begin();
+        // Samples with the shortest first step for their time will take most steps: if
+        // they came last, other lanes would be idle at the end.
+        for (int l = 0; l < n_; ++l) order_[l] = l;
+        std::stable_sort(order_, order_ + n_, [&](int a, int b) { return share(a) < share(b); });
         return true;
+    }
+
+    // Of its time, what the first step of a lane takes; zero if it cannot be told.
+    double share(int l) const {
+        const double share = this->next_[l] / (this->t_end_[l] - this->t_[l]);
+        return share >= 0 ? share : 0.0;
     }
 };
 
