@@ -308,16 +308,23 @@ Recurrence read_recurrence(Reader& reader) {
     return p;
 }
 
+// Runs a kernel that leaves nothing behind but what it wrote, by an instruction set.
+template <class Kind>
+PyObject* run_kernel(int64_t set, bool is_double, void (*Solvers::*in_float)(const Kind&),
+                     void (*Solvers::*in_double)(const Kind&), const Kind& problem) {
+    const Solvers solvers = find_solvers(set);
+    const auto run = is_double ? solvers.*in_double : solvers.*in_float;
+    if (PyErr_Occurred() || !run_unlocked([&] { run(problem); })) return nullptr;
+    Py_RETURN_NONE;
+}
+
 PyObject* recur(PyObject*, PyObject* args) {
     Reader reader(args);
     const int64_t set = reader.integer();
     const bool is_double = reader.integer() != 0;
     const Recurrence p = read_recurrence(reader);
     if (PyErr_Occurred()) return nullptr;
-    const Solvers solvers = find_solvers(set);
-    const auto run = is_double ? solvers.recur_in_double : solvers.recur_in_float;
-    if (PyErr_Occurred() || !run_unlocked([&] { run(p); })) return nullptr;
-    Py_RETURN_NONE;
+    return run_kernel(set, is_double, &Solvers::recur_in_float, &Solvers::recur_in_double, p);
 }
 
 PyObject* recur_back(PyObject*, PyObject* args) {
@@ -329,10 +336,8 @@ PyObject* recur_back(PyObject*, PyObject* args) {
     p.grad = reader.address();
     for (void*& gradient : p.gradients) gradient = reader.address();
     if (PyErr_Occurred()) return nullptr;
-    const Solvers solvers = find_solvers(set);
-    const auto run = is_double ? solvers.recur_back_in_double : solvers.recur_back_in_float;
-    if (PyErr_Occurred() || !run_unlocked([&] { run(p); })) return nullptr;
-    Py_RETURN_NONE;
+    return run_kernel(set, is_double, &Solvers::recur_back_in_float,
+                      &Solvers::recur_back_in_double, p);
 }
 
 Evaluation read_evaluation(Reader& reader) {
@@ -353,10 +358,8 @@ PyObject* evaluate(PyObject*, PyObject* args) {
     const bool is_double = reader.integer() != 0;
     const Evaluation p = read_evaluation(reader);
     if (PyErr_Occurred()) return nullptr;
-    const Solvers solvers = find_solvers(set);
-    const auto run = is_double ? solvers.evaluate_in_double : solvers.evaluate_in_float;
-    if (PyErr_Occurred() || !run_unlocked([&] { run(p); })) return nullptr;
-    Py_RETURN_NONE;
+    return run_kernel(set, is_double, &Solvers::evaluate_in_float,
+                      &Solvers::evaluate_in_double, p);
 }
 
 PyObject* evaluate_back(PyObject*, PyObject* args) {
@@ -369,10 +372,9 @@ PyObject* evaluate_back(PyObject*, PyObject* args) {
     PyObject* layers = reader.object();
     if (PyErr_Occurred()) return nullptr;
     p.layers = read_layer_gradients(layers);
-    const Solvers solvers = find_solvers(set);
-    const auto run = is_double ? solvers.evaluate_back_in_double : solvers.evaluate_back_in_float;
-    if (PyErr_Occurred() || !run_unlocked([&] { run(p); })) return nullptr;
-    Py_RETURN_NONE;
+    if (PyErr_Occurred()) return nullptr;
+    return run_kernel(set, is_double, &Solvers::evaluate_back_in_float,
+                      &Solvers::evaluate_back_in_double, p);
 }
 
 PyObject* recorded_bytes(PyObject*, PyObject* capsule) {
