@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sknode.fields.activations import get_activation
+from sknode.ode import kernels
 from sknode.ode.kernels import perceptron as kernel
+from sknode.ode.once_differentiable import once_differentiable
 from sknode.ode.vector_field import Perceptron
 
 __all__ = ["evaluate"]
 
 
 def evaluate(network: Perceptron, x: Tensor) -> Tensor:
-    """Return the outputs (n, n_outputs) of a perceptron without time at rows.
+    """Evaluate a perceptron without time at rows.
 
     On the CPU a fused kernel serves; else torch does.
 
@@ -24,6 +25,10 @@ def evaluate(network: Perceptron, x: Tensor) -> Tensor:
         The layers.
     x : Tensor of shape (n, n_inputs)
         The rows.
+
+    Returns
+    -------
+    Tensor of shape (n, n_outputs)
     """
     if kernel.serves(network, x):
         parameters = network.parameters
@@ -35,7 +40,8 @@ def evaluate(network: Perceptron, x: Tensor) -> Tensor:
     # several times as fast so.
     h = x.t().contiguous()
     for i, (weight, bias) in enumerate(network.layers):
-        h = torch.addmm(bias[:, None], weight, function(h) if i else h)
+        h = function(h) if i else h
+        h = weight @ h if bias is None else torch.addmm(bias[:, None], weight, h)
     return h.t().contiguous()
 
 
@@ -45,6 +51,8 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, network, x, *parameters):
         ctx.activation = network.activation
+        ctx.with_bias = [bias is not None for _, bias in network.layers]
+        ctx.instruction_set = kernels.chosen()
         ctx.save_for_backward(x, *parameters)
         return kernel.evaluate(network, x)
 
@@ -52,7 +60,12 @@ class _Fused(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, *parameters = ctx.saved_tensors
-        layers = list(zip(parameters[::2], parameters[1::2], strict=True))
+        parameters = iter(parameters)
+        layers = [
+            (next(parameters), next(parameters) if with_bias else None)
+            for with_bias in ctx.with_bias
+        ]
         network = Perceptron(layers, ctx.activation, uses_time=False)
-        grad_x, found = kernel.reverse(network, x, grad, ctx.needs_input_grad[1])
+        with kernels.use(ctx.instruction_set):
+            grad_x, found = kernel.reverse(network, x, grad, ctx.needs_input_grad[1])
         return None, grad_x, *found

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from sknode.ode import kernels
 from sknode.ode.kernels import recurrent as kernel
+from sknode.ode.once_differentiable import once_differentiable
 
 __all__ = ["last_state"]
 
@@ -50,6 +51,7 @@ class _FusedLastState(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, inputs, lengths, *parameters):
+        ctx.instruction_set = kernels.chosen()
         last, states = kernel.read(parameters, inputs, lengths, record=True)
         ctx.save_for_backward(inputs, lengths, states, *parameters)
         return last
@@ -58,7 +60,9 @@ class _FusedLastState(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         inputs, lengths, states, *parameters = ctx.saved_tensors
-        return None, None, *kernel.reverse(parameters, inputs, lengths, states, grad)
+        with kernels.use(ctx.instruction_set):
+            found = kernel.reverse(parameters, inputs, lengths, states, grad)
+        return None, None, *found
 
 
 class _LastState(torch.autograd.Function):

@@ -30,11 +30,11 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sknode.ode import kernels
 from sknode.ode.gradients import Run, dot
 from sknode.ode.integrate import Grid, Options, Stops, Trace, integrate, to_device
+from sknode.ode.once_differentiable import once_differentiable
 from sknode.ode.solution import Solution, SolverError
 from sknode.ode.stepper import Stepper
 from sknode.ode.vector_field import BoundField

@@ -35,10 +35,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sknode.ode import kernels
 from sknode.ode.integrate import Grid, Options, StepRecord, Stops, Trace, integrate
+from sknode.ode.once_differentiable import once_differentiable
 from sknode.ode.runge_kutta import StageBuffer, StageTimes, powers
 from sknode.ode.tape import Tape
 from sknode.ode.vector_field import BoundField

@@ -11,6 +11,7 @@ from numbers import Real
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from sknode.ode import kernels
 from sknode.ode.continuous import continuous_adjoint
@@ -124,6 +125,10 @@ def solve_ode(
         If an argument is not usable; the message names it.
     SolverError
         In the backward pass of ``gradient="continuous"``, if the solve backwards fails.
+    RuntimeError
+        If a gradient is differentiated again, but for ``gradient="backprop"``.
+    NotImplementedError
+        If ``y0`` or ``t`` carry derivatives in forward mode.
 
     Warns
     -----
@@ -265,6 +270,7 @@ def solve(
     if needs_grad:
         _check_gradient(known, gradient, stops)
     if not needs_grad:
+        _refuse_tangents(flat, times)
         y = run.forward(flat.detach(), record=False)
     elif gradient == "discrete":
         y = discrete_adjoint(run, flat, times)
@@ -342,6 +348,16 @@ def _check_gradient(known: Method, gradient: str, stops: Stops | None) -> None:
         )
     if gradient == "continuous" and stops is not None and stops.on_reach is not None:
         raise ValueError("gradient='continuous' does not serve states that jump.")
+
+
+def _refuse_tangents(*tensors: Tensor) -> None:
+    """Raise if derivatives are wanted in forward mode: they would be lost."""
+    for x in tensors:
+        if unpack_dual(x).tangent is not None:
+            raise NotImplementedError(
+                "solve_ode has no derivatives in forward mode: y0 and t must not be "
+                "dual tensors. Use reverse mode."
+            )
 
 
 def _check_state(y0) -> None:

@@ -7,6 +7,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from sknode.fields import MLPField
 from sknode.ode import SolverWarning, kernels, solve_ode
@@ -198,16 +199,48 @@ def test_an_array_of_times_may_change_in_between(y0):
     torch.testing.assert_close(*grads, rtol=0, atol=0)
 
 
-def test_second_derivatives_come_from_backpropagation(y0, w):
+# of a sum, cotangents are constants
+@pytest.mark.parametrize("power", [1, 2])
+def test_second_derivatives_come_from_backpropagation(y0, w, power):
     def slope(gradient):
         y0_ = y0.clone().requires_grad_()
         y = solve_ode(make_field(w), y0_, [0.0, 1.0], gradient=gradient).y
-        (grad,) = torch.autograd.grad(y[:, -1].pow(2).sum(), y0_, create_graph=True)
+        loss = y[:, -1].pow(power).sum()
+        (grad,) = torch.autograd.grad(loss, y0_, create_graph=True)
         return torch.autograd.grad(grad.sum(), w)
 
     assert torch.isfinite(slope("backprop")[0]).all()
-    with pytest.raises(RuntimeError):
-        slope("discrete")
+    for gradient in ("discrete", "continuous"):
+        with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+            slope(gradient)
+
+
+@pytest.mark.parametrize("choice", ["reference", *kernels.instruction_sets()[:1]])
+def test_a_graph_of_gradients_does_not_change_them(y0, choice):
+    field = MLPField(2, (8,)).double()
+    y0.requires_grad_()
+    inputs = y0, *field.parameters()
+    with kernels.use(choice):
+        loss = solve_ode(field, y0, [0.0, 1.0]).y.sum()
+        expected = torch.autograd.grad(loss, inputs, retain_graph=True)
+        found = torch.autograd.grad(loss, inputs, create_graph=True)
+    for one, other in zip(found, expected, strict=True):
+        assert one.requires_grad and torch.equal(one, other)
+
+
+# torch's own, at its first dual tensor
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("which", ["y0", "t"])
+@pytest.mark.parametrize("choice", ["reference", *kernels.instruction_sets()[:1]])
+def test_derivatives_in_forward_mode_are_refused(y0, which, choice):
+    field, t = MLPField(2, (8,)).double().requires_grad_(False), torch.tensor([0.0, 1])
+    with kernels.use(choice), forward_ad.dual_level():
+        arguments = {"y0": y0, "t": t.double()}
+        given = arguments[which]
+        arguments[which] = forward_ad.make_dual(given, torch.ones_like(given))
+        for f in (field, lambda t, y: -y):
+            with pytest.raises(NotImplementedError, match="forward mode"):
+                solve_ode(f, **arguments)
 
 
 def test_failed_samples_do_not_poison_gradients(y0):

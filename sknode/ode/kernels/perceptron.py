@@ -32,6 +32,8 @@ def _is_plain(network: Perceptron, x: Tensor) -> bool:
     tensors, n_in = [(x, x.shape)], x.shape[1]
     for weight, bias in network.layers:
         n_out = len(weight) if weight.ndim else 0
+        if not n_out:
+            return False
         tensors.append((weight, (n_out, n_in)))
         if bias is not None:
             tensors.append((bias, (n_out,)))
@@ -74,8 +76,9 @@ def reverse(
         Whether to return those of the rows.
     """
     # changing the memory under a tensor escapes torch's own notice
-    if not _is_plain(network, x) or grad.shape[1] != len(network.layers[-1][0]):
-        raise RuntimeError("The shape of a parameter has changed since the forward.")
+    outputs = len(x), len(network.layers[-1][0])
+    if not _is_plain(network, x) or grad.shape != outputs:
+        raise RuntimeError("The shape of an argument has changed since the forward.")
     grad = kernels._plain(grad)
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     found = kernels._make_gradients(kernels._shapes(network.layers), grad)

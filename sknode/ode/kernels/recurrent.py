@@ -101,8 +101,9 @@ def reverse(
     """
     # changing the memory under a tensor escapes torch's own notice
     fits = _plain_unit(parameters, inputs, lengths)
-    if not fits or states.shape != _kept(parameters, inputs):
-        raise RuntimeError("The shape of a parameter has changed since the forward.")
+    fits = fits and states.shape == _kept(parameters, inputs)
+    if not fits or grad.shape != (len(inputs), parameters[1].shape[1]):
+        raise RuntimeError("The shape of an argument has changed since the forward.")
     states = kernels._plain(states)
     if states.data_ptr() % 64:  # hooks of saved tensors may have moved them
         states = states.clone()

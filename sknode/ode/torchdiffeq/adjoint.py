@@ -27,9 +27,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sknode.ode.integrate import Stops
+from sknode.ode.once_differentiable import once_differentiable
 from sknode.ode.torchdiffeq.event import integrate_until
 from sknode.ode.torchdiffeq.fixed_grid import grid_times
 from sknode.ode.torchdiffeq.forward import integrate, just_after, numerics, run

@@ -80,6 +80,39 @@ def test_it_is_the_perceptron_of_torch(
         plain, found, fused = differentiate(*problem)
     assert not fused
     torch.testing.assert_close(plain, expected, rtol=0, atol=within * size)
+    for one, other in zip(found, grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=within * scale)
+
+
+@pytest.mark.parametrize("which", [(0,), (1,), (0, 1)])
+def test_layers_without_biases(which, instruction_set):
+    network, x = make_problem((4, 9, 3), 70)
+    layers = [(w, None if i in which else b) for i, (w, b) in enumerate(network.layers)]
+    problem = Perceptron(layers, "tanh", uses_time=False), x
+    expected, grads, _ = differentiate(*problem, by_torch)
+    got, found, fused = differentiate(*problem)
+    assert fused
+    with kernels.reference():
+        plain, others, fused = differentiate(*problem)
+    assert not fused
+    for one, other, third in zip(
+        (got, *found), (expected, *grads), (plain, *others), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+        torch.testing.assert_close(third, other, rtol=0, atol=1e-12)
+
+
+def test_a_backward_uses_the_instructions_of_its_forward(instruction_set):
+    network, x = make_problem((4, 9, 3), 70)
+    _, expected, _ = differentiate(network, x)
+    out = evaluate(network, x)
+    weight = torch.cos(torch.arange(out.numel(), dtype=out.dtype)).view_as(out)
+    for choice in ("reference", kernels.instruction_sets()[-1]):
+        with kernels.use(choice):
+            found = torch.autograd.grad(
+                (weight * out).sum(), (x, *network.parameters), retain_graph=True
+            )
+        assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("activation", ["tanh", "silu"])
@@ -126,6 +159,10 @@ def test_numbers_that_are_none_stay_in_their_rows(value, activation, instruction
     assert torch.equal(got[~hit], expected[~hit])
     if value is torch.nan:
         assert got[hit].isnan().all()
+    (clean,) = torch.autograd.grad(expected.sum(), x)
+    bad.requires_grad_()
+    (grad,) = torch.autograd.grad(evaluate(network, bad).sum(), bad)
+    assert torch.equal(grad[~hit], clean[~hit])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -190,6 +227,7 @@ class Subclass(torch.Tensor):
         lambda layers, x: (layers, x.as_subclass(Subclass)),
         lambda layers, x: ([(layers[0][0].float(), layers[0][1]), layers[1]], x),
         lambda layers, x: ([layers[0], (layers[1][0][:, 1:], layers[1][1])], x),
+        lambda layers, x: ([layers[0], (layers[1][0][:0], layers[1][1][:0])], x),
         lambda layers, x: ([layers[0], (layers[1][0], layers[1][1][1:])], x),
         lambda layers, x: ([layers[0], (layers[1][0].to("meta"), layers[1][1])], x),
     ],
@@ -219,11 +257,11 @@ def test_no_rows():
     assert not fused and out.shape == (0, 3) and grad.shape == (0, 4)
 
 
-def test_gradients_have_no_gradient():
+@pytest.mark.parametrize("power", [1, 2])
+def test_gradients_have_no_gradient(power):
     network, x = make_problem((4, 9, 3), 20)
-    (grad,) = torch.autograd.grad(
-        (evaluate(network, x) ** 2).sum(), x, create_graph=True
-    )
+    loss = (evaluate(network, x) ** power).sum()
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
@@ -245,6 +283,15 @@ def test_parameters_resized_in_between_are_refused(layer, shape):
     network.layers[layer][0].data = torch.zeros(shape, dtype=torch.float64)
     with pytest.raises(RuntimeError, match=r"size|shape"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("n", [19, 21, 5000])
+def test_rows_resized_in_between_are_refused(n):
+    network, x = make_problem((4, 9, 3), 20)
+    out = evaluate(network, x)
+    x.data = torch.zeros(n, 4, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"size|shape"):
+        torch.autograd.grad(out.sum(), network.parameters)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

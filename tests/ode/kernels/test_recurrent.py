@@ -280,14 +280,27 @@ def test_without_kernels_torch_serves(monkeypatch):
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-13)
 
 
+def test_a_backward_uses_the_instructions_of_its_forward(instruction_set):
+    problem = make_problem(4, 9, 13, 20)
+    _, expected, _ = differentiate(*problem)
+    last = last_state(*problem)
+    weight = torch.cos(torch.arange(last.numel(), dtype=last.dtype)).view_as(last)
+    for choice in ("reference", kernels.instruction_sets()[-1]):
+        with kernels.use(choice):
+            found = torch.autograd.grad(
+                (weight * last).sum(), list(problem[0].parameters()), retain_graph=True
+            )
+        assert all(map(torch.equal, found, expected.values()))
+
+
+@pytest.mark.parametrize("power", [1, 2])
 @pytest.mark.parametrize("choice", ["reference", *kernels.instruction_sets()[:1]])
-def test_gradients_have_no_gradient(choice):
+def test_gradients_have_no_gradient(choice, power):
     cell, inputs, lengths = make_problem(4, 9, 13, 20)
     with kernels.use(choice):
         last = last_state(cell, inputs, lengths)
-        (grad,) = torch.autograd.grad(
-            (last**2).sum(), cell.weight_hh, create_graph=True
-        )
+        loss = (last**power).sum()
+        (grad,) = torch.autograd.grad(loss, cell.weight_hh, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
@@ -307,6 +320,17 @@ def test_parameters_resized_in_between_are_refused():
     cell, inputs, lengths = make_problem(4, 9, 13, 20)
     last = last_state(cell, inputs, lengths)
     cell.weight_hh.data = torch.zeros(3, 1, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"size|shape"):
+        last.sum().backward()
+
+
+@pytest.mark.parametrize("n", [17, 31])
+def test_series_resized_in_between_are_refused(n):
+    # as many tiles as before
+    cell, inputs, lengths = make_problem(4, 9, 13, 20)
+    last = last_state(cell, inputs, lengths)
+    inputs.data = torch.zeros(n, 13, 4, dtype=torch.float64)
+    lengths.data = torch.full((n,), 13)
     with pytest.raises(RuntimeError, match=r"size|shape"):
         last.sum().backward()
 

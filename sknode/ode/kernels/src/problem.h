@@ -58,15 +58,15 @@ struct Mixture {
 // What a flow of densities is beside its layers: see flow.h.
 struct Flow {
     bool exists = false;
-    int64_t n_frequencies;
+    int64_t n_frequencies = 0;
     Mixture mixture;
 };
 
 struct Model {
     std::vector<Layer> layers;
-    Activation activation;
-    bool uses_time;  // the last input of the first layer is time
-    int64_t dim;
+    Activation activation = Activation::tanh;
+    bool uses_time = false;  // the last input of the first layer is time
+    int64_t dim = 0;
     Flow flow;
 };
 
@@ -155,11 +155,11 @@ struct RecurrenceReverse {
 // The rows that a perceptron without time is evaluated at.
 struct Evaluation {
     Model model;  // `dim` is the number of its inputs
-    int64_t rows;
-    const void* x;  // (rows, inputs)
-    void* out;      // (rows, outputs), or null
-    int threads;
-    bool (*interrupted)();  // for `Watch`
+    int64_t rows = 0;
+    const void* x = nullptr;  // (rows, inputs)
+    void* out = nullptr;      // (rows, outputs), or null
+    int threads = 1;
+    bool (*interrupted)() = nullptr;  // for `Watch`
 };
 
 struct EvaluationReverse {

@@ -288,7 +288,8 @@ private:
         return true;
     }
 
-    // Of its time, what the first step of a lane takes; zero if it cannot be told.
+    // The share of its time that the first step of a lane takes; zero where that is not a
+    // number, which has no place in an order.
     double share(int l) const {
         const double share = this->next_[l] / (this->t_end_[l] - this->t_[l]);
         return share >= 0 ? share : 0.0;
