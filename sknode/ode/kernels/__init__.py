@@ -308,9 +308,7 @@ class _Call:
         # status, steps: attempted, accepted, rejected, evaluations; next output time
         self.counts = np.zeros((6, y.shape[0]), np.int64)
         self.t_reached = np.zeros(y.shape[0])
-        self.layers = [
-            (_plain(w), None if b is None else _plain(b)) for w, b in network.layers
-        ]
+        self.layers = _plain_layers(network)
         self.flow, self.mixture = None, ()
         if isinstance(network, DensityNetwork):
             self.mixture = [_plain(x) for x in network.mixture or ()]
@@ -326,16 +324,7 @@ class _Call:
         return (
             _sets()[chosen()],
             y.dtype == torch.float64,
-            (
-                ACTIVATIONS[network.activation],
-                network.uses_time,
-                dim,
-                self.flow,
-                *(
-                    (w.data_ptr(), 0 if b is None else b.data_ptr(), *w.shape)
-                    for w, b in self.layers
-                ),
-            ),
+            _model(network, self.layers, dim, self.flow),
             _tableau(self.options.tableau),
             _control(self.options),
             batch,
@@ -468,6 +457,25 @@ def _plain(x: Tensor) -> Tensor:
     if x.is_contiguous() and not x.is_neg():
         return x
     return x.detach().contiguous().resolve_neg()
+
+
+def _plain_layers(network: Network) -> list[tuple[Tensor, Tensor | None]]:
+    """Return the layers as they have to lie in memory; keep them while it is read."""
+    return [(_plain(w), None if b is None else _plain(b)) for w, b in network.layers]
+
+
+def _model(network: Network, layers, dim: int, flow: tuple | None = None) -> tuple:
+    """Return a network as the compiled module reads it."""
+    return (
+        ACTIVATIONS[network.activation],
+        network.uses_time,
+        dim,
+        flow,
+        *(
+            (w.data_ptr(), 0 if b is None else b.data_ptr(), *w.shape)
+            for w, b in layers
+        ),
+    )
 
 
 def _shapes(layers) -> list[tuple[torch.Size, torch.Size | None]]:

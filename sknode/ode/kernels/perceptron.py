@@ -80,38 +80,22 @@ def reverse(
     if not _is_plain(network, x) or grad.shape != outputs:
         raise RuntimeError("The shape of an argument has changed since the forward.")
     grad = kernels._plain(grad)
-    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    grad_x = x.new_empty(x.shape) if with_rows else None
     found = kernels._make_gradients(kernels._shapes(network.layers), grad)
     function = kernels._native.evaluate_back
     addresses = grad.data_ptr(), grad_x.data_ptr() if with_rows else 0
     _call(function, network, x, None, *addresses, kernels._addresses(found))
     parameters = [p for pair in found for p in pair if p is not None]
-    return grad_x if with_rows else None, parameters
+    return grad_x, parameters
 
 
 def _call(function, network, x, out, *further) -> None:
-    layers = [
-        (kernels._plain(w), None if b is None else kernels._plain(b))
-        for w, b in network.layers
-    ]
-    x = kernels._plain(x)
+    layers, x = kernels._plain_layers(network), kernels._plain(x)
     work = len(x) * sum(w.numel() for w, _ in layers)
-    sizes = (w.shape for w, _ in layers)
-    described = (
-        (*addresses, *size)
-        for addresses, size in zip(kernels._addresses(layers), sizes, strict=True)
-    )
-    model = (
-        kernels.ACTIVATIONS[network.activation],
-        False,
-        x.shape[1],
-        None,
-        *described,
-    )
     function(
         kernels._sets()[kernels.chosen()],
         x.dtype == torch.float64,
-        model,
+        kernels._model(network, layers, x.shape[1]),
         len(x),
         x.data_ptr(),
         0 if out is None else out.data_ptr(),
