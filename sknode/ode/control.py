@@ -16,6 +16,7 @@ from torch import Tensor
 __all__ = [
     "StepController",
     "error_ratio",
+    "even_steps",
     "initial_step",
     "just_inside",
     "make_controller",
@@ -38,10 +39,10 @@ class StepController:
 
     Parameters
     ----------
-    pcoeff, icoeff, dcoeff : float, default=0, 1, 0
-        The coefficients p, i, d. The default is the integral controller, which needs
-        the fewest steps on non-stiff problems; ``(0.2, 0.5, 0)`` takes smoother steps
-        where stability limits them.
+    pcoeff, icoeff, dcoeff : float, default=0.2, 0.65, 0
+        The coefficients p, i, d. The default is that of Hairer's DOPRI5: it rejects few
+        steps. ``(0, 1, 0)`` is the integral controller, which only knows the last
+        error; ``(0.2, 0.5, 0)`` takes smoother steps where stability limits them.
     safety : float, default=0.9
         Aim this much below the step that would just meet the tolerance.
     factor_min, factor_max : float, default=0.2, 10
@@ -49,12 +50,14 @@ class StepController:
 
     References
     ----------
+    Hairer, Norsett & Wanner, "Solving Ordinary Differential Equations I", 2nd edition,
+    Springer 1993, and its program DOPRI5: ``BETA = 0.04``.
     Soderlind, "Digital filters in adaptive time-stepping", ACM Transactions on
     Mathematical Software 29 (2003), 1-26.
     """
 
-    pcoeff: float = 0.0
-    icoeff: float = 1.0
+    pcoeff: float = 0.2
+    icoeff: float = 0.65
     dcoeff: float = 0.0
     safety: float = 0.9
     factor_min: float = 0.2
@@ -112,17 +115,50 @@ class StepController:
 
 
 def make_controller(controller) -> StepController:
-    """Return a `StepController` for "I", "PID" or an instance."""
+    """Return a `StepController` for "PI", "I", "PID" or an instance."""
     if isinstance(controller, StepController):
         return controller
-    if controller == "I":
+    if controller == "PI":
         return StepController()
+    if controller == "I":
+        return StepController(pcoeff=0.0, icoeff=1.0)
     if controller == "PID":
         return StepController(pcoeff=0.2, icoeff=0.5)
     raise ValueError(
-        "controller must be 'I', 'PID' or a StepController. "
+        "controller must be 'PI', 'I', 'PID' or a StepController. "
         f"Got {controller!r} instead."
     )
+
+
+def even_steps(
+    length: np.ndarray, to_goal: np.ndarray, to_near: np.ndarray, least: np.ndarray
+) -> np.ndarray:
+    """Shorten steps so that they lead to their goal in equal ones.
+
+    They are as many as it takes anyway. A last step that is cut short would make no use
+    of its evaluations; shared among all, the rest makes them more accurate.
+
+    Parameters
+    ----------
+    length : ndarray of shape (lanes,)
+        Lengths of the next steps.
+    to_goal, to_near : ndarray of shape (lanes,)
+        What is left, and how much of it a step has to take to be led to the goal.
+    least : ndarray of shape (lanes,)
+        Steps that would become shorter than this stay as they are.
+
+    Returns
+    -------
+    ndarray of shape (lanes,)
+
+    References
+    ----------
+    Shampine & Watts, "The art of writing a Runge-Kutta code II", Applied Mathematics
+    and Computation 5 (1979), 93-121: their RKF45 looks ahead two steps.
+    """
+    with np.errstate(over="ignore"):
+        even = to_goal / np.maximum(np.ceil(to_near / length), 1.0)
+    return np.where(even >= least, even, length)
 
 
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -207,6 +243,7 @@ def initial_step(
     rtol,
     atol,
     norm=None,
+    aim: float = 0.01,
 ) -> np.ndarray:
     """Choose the first step of every lane, inside its interval, by one evaluation.
 
@@ -224,6 +261,8 @@ def initial_step(
         Tolerances.
     norm : callable, optional
         Norm of the rows of a (lanes, n) tensor; by default their root mean square.
+    aim : float, default=0.01
+        Error that the step is chosen for, in tolerances; a crude estimate of it.
 
     Returns
     -------
@@ -246,7 +285,7 @@ def initial_step(
         h1 = np.where(
             steepest <= 1e-15,
             np.maximum(1e-6, h0 * 1e-3),
-            (0.01 / steepest) ** (1 / order),
+            (aim / steepest) ** (1 / order),
         )
         h = np.minimum(100 * h0, h1)
     h = np.where(np.isfinite(h), h, h0)

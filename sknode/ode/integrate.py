@@ -27,6 +27,7 @@ from torch import Tensor
 
 from sknode.ode.control import (
     StepController,
+    even_steps,
     initial_step,
     just_inside,
     real_dtype,
@@ -281,6 +282,15 @@ class Lanes:
     history: np.ndarray  # errors before, (lanes, n_history)
     rejected: np.ndarray  # whether the latest attempt was
 
+    def shortest(self) -> np.ndarray:
+        """Return the shortest steps that can be taken."""
+        return np.maximum(np.abs(self.t) * RESOLUTION, self.floor)
+
+    def even_steps(self) -> np.ndarray:
+        """Return the next steps, shortened to lead to their goal in equal ones."""
+        to_goal, to_near = self.goal - self.t, self.near_goal - self.t
+        return even_steps(self.h, to_goal, to_near, self.shortest())
+
     def select(self, index: np.ndarray) -> Lanes:
         """Keep some lanes."""
         index_y = to_device(index, self.y)
@@ -340,6 +350,7 @@ def integrate(
     outputs_y = y0[:, None, :].repeat(1, n_times, 1)
     stepper.start(lanes)
     n_running, attempt = np.count_nonzero(lanes.running), 0
+    even = options.step_size is None and stepper.even_steps
     while n_running:
         if attempt == options.max_steps:
             lanes.status[lanes.running] = Status.MAX_STEPS
@@ -348,7 +359,8 @@ def integrate(
 
         # attempt a step
         t, y, running = lanes.t, lanes.y, lanes.running
-        t1 = t + lanes.h
+        asked = attempt == 1 and options.first_step is not None
+        t1 = t + (lanes.even_steps() if even and not asked else lanes.h)
         t1 = np.where(t1 >= lanes.near_goal, lanes.goal, t1)
         length = t1 - t
         sign = grid.direction
@@ -419,7 +431,7 @@ def integrate(
                 # a step that was cut short by a stop says little about the next one
                 cut = moved & (t1 == lanes.goal) & (length < planned)
                 proposed = np.where(cut, np.maximum(proposed, planned), proposed)
-            floor = np.maximum(np.abs(t_new) * RESOLUTION, lanes.floor)
+            floor = lanes.shortest()
             lanes.h = np.minimum(np.maximum(proposed, floor), options.max_step)
         if n_moved < n_running:
             _give_up(lanes, running & ~accept, ratio, tried)
@@ -581,6 +593,7 @@ def _start(
             options.rtol,
             options.atol,
             options.norm,
+            stepper.first_error,
         )
         h = np.maximum(h, floor)
     n_history = options.controller.n_history if options.step_size is None else 0
@@ -676,7 +689,7 @@ def _give_up(lanes: Lanes, rejected, ratio: np.ndarray | None, tried) -> None:
     if ratio is None:
         hopeless, code = rejected, Status.NON_FINITE
     else:
-        floor = np.maximum(np.abs(lanes.t) * RESOLUTION, lanes.floor)
+        floor = lanes.shortest()
         hopeless = rejected & (tried <= floor * 1.001)
         code = np.where(np.isinf(ratio), Status.NON_FINITE, Status.STEP_TOO_SMALL)
     if hopeless.any():

@@ -75,7 +75,7 @@ def _by_kernel(field, y0: Tensor, grid: Sequence[float]) -> Tensor | None:
         rtol=0.0,
         atol=0.0,
         max_steps=len(grid),
-        controller=make_controller("I"),
+        controller=make_controller("PI"),
         step_size=math.inf,
         grid=tuple(grid),
         make_stepper=method.make_stepper,

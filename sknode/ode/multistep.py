@@ -106,6 +106,8 @@ class AdamsStepper(Stepper):
     """
 
     error_order = 2  # it starts at order one
+    first_error = 0.01
+    even_steps = False  # the past is worth most where lengths stay as they are
 
     def __init__(self, field, options, order: int | None = None):
         super().__init__(field, options)

@@ -48,7 +48,7 @@ def solve_ode(
     min_step: float = 0.0,
     max_step: float | None = None,
     step_size: float | None = None,
-    controller: str | StepController = "I",
+    controller: str | StepController = "PI",
     row_wise: bool = False,
     event=None,
 ) -> Solution:
@@ -101,7 +101,7 @@ def solve_ode(
         Longest step.
     step_size : float, optional
         Take constant steps of this length, without error control.
-    controller : {"I", "PID"} or StepController, default="I"
+    controller : {"PI", "I", "PID"} or StepController, default="PI"
         Step-size controller; "adams" has its own.
     row_wise : bool, default=False
         Whether a row of ``f`` depends on the same row of ``y`` alone and ``f`` holds no
@@ -417,7 +417,7 @@ def _make_options(
     min_step=0.0,
     max_step=None,
     step_size=None,
-    controller="I",
+    controller="PI",
     **further,
 ) -> Options:
     """Check the numerical settings."""

@@ -37,6 +37,11 @@ class Stepper:
 
     error_order: int
     """Order of the error estimate plus one."""
+    first_error = 1.0
+    """Error that the first step aims at, in tolerances. The literature aims at 0.01, as
+    the estimate is crude; the first step is then the only short one of a few."""
+    even_steps = True
+    """Whether steps may be shortened to lead to their goal in equal ones."""
 
     def __init__(self, field: BoundField, options: Options):
         self.field, self.options = field, options

@@ -274,7 +274,7 @@ def test_a_failed_solve_backwards_is_an_error(y0):
             y0,
             torch.tensor([0.0, 1.0]),
             gradient="continuous",
-            adjoint={"max_steps": 2},
+            adjoint={"max_steps": 1},
         )
         assert solution.success
         with pytest.raises(SolverError, match=r"backwards.*5 of 5.*max_steps"):

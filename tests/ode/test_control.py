@@ -101,23 +101,60 @@ def test_global_error_is_proportional_to_the_tolerance(method, swirl):
     assert slope == pytest.approx(1, abs=0.2)
 
 
-@pytest.mark.parametrize("name", DETEST)
-def test_standard_problems_cost_and_err_as_with_scipy(name):
-    # the same method, error norm and controller: how much errors grow along the
-    # solution is the problem's affair, and the same for both
-    f, y0 = DETEST[name]
-    exact = endpoint(f, y0, "DOP853", 1e-13)[0]
-    for tol in (1e-5, 1e-6, 1e-7, 1e-8):
+@pytest.mark.parametrize("tol", [1e-5, 1e-6, 1e-7, 1e-8])
+def test_standard_problems_cost_less_than_with_scipy_at_equal_error(tol):
+    # The method and the error norm are the same. Errors of order five fall with the
+    # fifth power of the steps; how much they grow along the solution is the problem's
+    # affair, and the same for both.
+    costs = []
+    for f, y0 in DETEST.values():
+        exact = endpoint(f, y0, "DOP853", 1e-13)[0]
         reference, evaluations = endpoint(f, y0, "RK45", tol)
         solution = solve_ode(f, tensor([y0]), [0.0, 10.0], rtol=tol, atol=tol)
         error = (solution.y[0, -1] - exact).norm()
         ratio = (error / (reference - exact).norm()).item()
-        assert 0.7 < ratio < 1.4
         cost = solution.stats["n_f_evals"].item() / evaluations
-        assert 0.9 < cost < 1.1
+        assert ratio < 4
+        costs.append(cost * ratio**0.2)
+    assert max(costs) < 1.25
+    assert scipy.stats.gmean(costs) < 0.95
 
 
-@pytest.mark.parametrize("controller", ["I", "PID", StepController(0.3, 0.3, 0.1)])
+@pytest.mark.parametrize("method", ADAPTIVE)
+def test_steps_lead_to_the_end_in_equal_ones(method, recorder):
+    # a constant slope: whatever the controller asks for is accepted
+    f = recorder(lambda t, y: torch.ones_like(y))
+    settings = {"method": method, "first_step": 0.1, "max_step": 0.4}
+    solution = solve_ode(f, tensor([[1.0]]), [0.0, 1.0], **settings)
+    # not 0.1, 0.4, 0.4, 0.1
+    assert solution.stats["n_steps"].item() == 4
+    seen = torch.tensor([t.item() for t in f.times])
+    for end in (0.1, 0.4, 0.7, 1.0):
+        assert (seen - end).abs().min() < 1e-7
+
+
+def test_first_step_that_is_given_is_not_shortened(recorder):
+    f = recorder(decay)
+    solve_ode(f, tensor([[1.0]]), [0.0, 1.0], first_step=0.6)
+    assert max(t.item() for t in f.times[:7]) == pytest.approx(0.6, rel=1e-12)
+
+
+def test_steps_are_not_shortened_below_the_least(recorder):
+    f = recorder(decay)
+    settings = {"rtol": 1e-2, "atol": 1e-2, "first_step": 0.3, "min_step": 0.3}
+    solution = solve_ode(f, tensor([[1.0]]), [0.0, 1.0], max_step=0.4, **settings)
+    assert solution.success
+    # 0.7 are left after the first step, of which two of 0.35 take care
+    assert solution.stats["n_steps"].item() == 3
+    solution = solve_ode(f, tensor([[1.0]]), [0.0, 0.8], max_step=0.4, **settings)
+    # a half of 0.5 would be too short: 0.4, and then the rest
+    assert solution.stats["n_steps"].item() == 3
+    assert solution.success
+
+
+@pytest.mark.parametrize(
+    "controller", ["PI", "I", "PID", StepController(0.3, 0.3, 0.1)]
+)
 @pytest.mark.parametrize("method", ADAPTIVE)
 def test_controllers_meet_the_tolerance(method, controller, coupled):
     t = tensor([coupled.t0, coupled.t1])
@@ -142,12 +179,14 @@ def test_controllers_by_name_are_instances():
             lambda t, y: -50 * (y - torch.cos(t)), y0, [0.0, 3.0], controller=controller
         ).stats["n_steps"]
 
-    assert steps("I") == steps(StepController())
+    assert steps("PI") == steps(StepController())
+    assert steps("I") == steps(StepController(pcoeff=0.0, icoeff=1.0))
     assert steps("PID") == steps(StepController(pcoeff=0.2, icoeff=0.5))
-    assert steps("I") != steps("PID")
+    assert len({steps(name).item() for name in ("PI", "I", "PID")}) == 3
 
 
-def test_pid_rejects_fewer_steps_where_stability_limits_them():
+@pytest.mark.parametrize("controller", ["PI", "PID"])
+def test_memory_rejects_fewer_steps_where_stability_limits_them(controller):
     def rejected(controller):
         y0 = tensor([[1.0]])
         return solve_ode(
@@ -157,12 +196,12 @@ def test_pid_rejects_fewer_steps_where_stability_limits_them():
             controller=controller,
         ).stats["n_rejected"]
 
-    assert rejected("PID") < rejected("I")
+    assert rejected(controller) < rejected("I")
 
 
-@pytest.mark.parametrize("controller", ["PI", None, 1.0])
+@pytest.mark.parametrize("controller", ["PD", None, 1.0])
 def test_unknown_controller_is_an_error(controller):
-    with pytest.raises(ValueError, match="controller must be 'I', 'PID'"):
+    with pytest.raises(ValueError, match="controller must be 'PI', 'I', 'PID'"):
         solve_ode(decay, tensor([[1.0]]), [0.0, 1.0], controller=controller)
 
 
@@ -186,7 +225,7 @@ def test_controller_checks_its_parameters(settings, named):
 class TestControllerFactor:
     def test_integral_control_aims_at_the_tolerance(self):
         ratio, none = np.array([1.0, 32.0, 1 / 32]), np.ones((3, 0))
-        factor = StepController(safety=0.8).factor(ratio, none, 5)
+        factor = StepController(0, 1, safety=0.8).factor(ratio, none, 5)
         np.testing.assert_allclose(factor, [0.8, 0.4, 1.6])
 
     def test_is_bounded_whatever_the_error(self):

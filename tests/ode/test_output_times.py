@@ -62,9 +62,10 @@ def test_outputs_are_as_accurate_as_the_steps(method, direction, swirl):
     y0 = swirl.exact(t)[:, 0].contiguous()
     solution = solve_ode(swirl.f, y0, t, method=method, rtol=1e-6, atol=1e-6)
     error = (solution.y - swirl.exact(t)).abs().amax((0, 2))
-    # no output is much worse than the worst of what the steps themselves reach
+    # no output is much worse than the worst of what the steps themselves reach, or
+    # than what they were asked for
     assert error.max() < 1e-4
-    assert error.max() < 5 * error[-8:].max()
+    assert error.max() < max(5 * error[-8:].max(), 1e-6)
 
 
 def test_times_may_be_numbers_of_any_kind(y0, riccati):

@@ -118,6 +118,8 @@ def numerics(problem: Problem) -> dict[str, Any]:
     return settings | {
         "method": problem.core_method,
         "controller": StepController(
+            pcoeff=0.0,
+            icoeff=1.0,
             safety=float(options.get("safety", 0.9)),
             factor_min=float(options.get("dfactor", 0.2)),
             factor_max=float(options.get("ifactor", 10.0)),

@@ -3,6 +3,7 @@
 
 // The smallest step worth taking, relative to the time.
 constexpr double RESOLUTION = 4 * 2.220446049250313e-16;
+constexpr double FIRST_ERROR = 1.0;  // that the first step aims at, in tolerances
 
 template <class T>
 struct Coefficients {
@@ -132,7 +133,7 @@ protected:
     // Attempt a step, up to who may move and by which errors.
     void attempt(double* ratio) {
         for (int l = 0; l < lanes_; ++l) {
-            t1_[l] = t_[l] + next_[l];
+            t1_[l] = t_[l] + next_length(l);
             if (t1_[l] >= near_goal_[l]) t1_[l] = goal_[l];
             // lanes that have arrived take steps of length zero
             length_[l] = running_[l] ? t1_[l] - t_[l] : 0.0;
@@ -149,6 +150,18 @@ protected:
         evaluate_stage(last, y1_, slope1_);
         judge(ratio);
         for (int l = 0; l < lanes_; ++l) moved_[l] = accepted_[l] && running_[l];
+    }
+
+    double shortest(int l) const { return std::max(std::fabs(t_[l]) * RESOLUTION, floor_[l]); }
+
+    // The next step of a lane, shortened to lead to its goal in equal ones.
+    double next_length(int l) const {
+        const Control& control = control_;
+        const bool asked = n_steps_[l] == 0 && control.first_step > 0;
+        if (control.step_size > 0 || asked || !running_[l]) return next_[l];
+        const double steps = std::ceil((near_goal_[l] - t_[l]) / next_[l]);
+        const double even = (goal_[l] - t_[l]) / std::max(steps, 1.0);
+        return even >= shortest(l) ? even : next_[l];
     }
 
     // Move those that may, and choose everyone's next step.
@@ -220,7 +233,7 @@ protected:
             const double steepest = std::isnan(second) ? second : std::max(d1[l], second);
             const double h1 = steepest <= 1e-15
                                   ? std::max(1e-6, h0[l] * 1e-3)
-                                  : std::pow(0.01 / steepest, 1 / control.error_order);
+                                  : std::pow(FIRST_ERROR / steepest, 1 / control.error_order);
             double h = std::isnan(h1) ? h1 : std::min(100 * h0[l], h1);
             h = std::min(std::isfinite(h) ? h : h0[l], interval);
             next_[l] = std::max(h, floor_[l]);
@@ -315,7 +328,7 @@ protected:
         ++n_steps_[l];
         started_[l] = true;
         if (moved) t_[l] = t1_[l];
-        const double floor = std::max(std::fabs(t_[l]) * RESOLUTION, floor_[l]);
+        const double floor = shortest(l);
         // the step may have become longer, by rounding or to reach the end: what was
         // asked for is what has to shrink
         const double tried = moved ? length_[l] : std::min(length_[l], next_[l]);
