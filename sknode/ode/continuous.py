@@ -35,7 +35,7 @@ from sknode.ode import kernels
 from sknode.ode.gradients import Run, dot
 from sknode.ode.integrate import Grid, Options, Stops, Trace, integrate, to_device
 from sknode.ode.once_differentiable import once_differentiable
-from sknode.ode.solution import Solution, SolverError
+from sknode.ode.solution import SolverError, failure_report
 from sknode.ode.stepper import Stepper
 from sknode.ode.vector_field import BoundField
 
@@ -279,13 +279,7 @@ class _Backward:
         """Raise if the solve failed: what it would lead to is no gradient."""
         if not trace.status.any():
             return
-        report = Solution(
-            t=self.times,
-            y=self.y,
-            status=torch.from_numpy(trace.status.copy()),
-            stats={},
-            t_reached=torch.from_numpy(trace.t_reached.copy()),
-        ).failure_report()
+        report = failure_report(trace.status, trace.t_reached)
         raise SolverError(
             "The solve backwards in time, for gradient='continuous', failed: "
             f"{report} gradient='discrete' goes back over the steps that were taken "
@@ -420,6 +414,8 @@ class QuadratureStepper(Stepper):
         super().__init__(field, options)
         self.inner = options.make_stepper(field, options)
         self.error_order = self.inner.error_order
+        self.first_error = self.inner.first_error
+        self.even_steps = self.inner.even_steps
         self.errors, self.propose = self.inner.errors, self.inner.propose
         self.dense, self.evaluations = self.inner.dense, self.inner.evaluations
         self.scale = scale

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Occurrences", "Solution", "SolverError", "SolverWarning", "Status"]
+__all__ = [
+    "STATISTICS",
+    "Occurrences",
+    "Solution",
+    "SolverError",
+    "SolverWarning",
+    "Status",
+    "failure_report",
+]
+
+STATISTICS = ("n_steps", "n_accepted", "n_rejected", "n_f_evals")
 
 
 class SolverWarning(RuntimeWarning):
@@ -52,6 +64,9 @@ class Status(IntEnum):
         return member
 
 
+DONE = (Status.SUCCESS, Status.EVENT)
+
+
 @dataclass
 class Occurrences:
     """When and where one event happened, by sample and then by time.
@@ -71,7 +86,35 @@ class Occurrences:
     y: Tensor
 
 
-@dataclass
+def failure_report(codes: np.ndarray, t_reached: np.ndarray) -> str:
+    """Say how many samples failed, which, why and where.
+
+    Parameters
+    ----------
+    codes, t_reached : ndarray of shape (batch,)
+        Statuses and times of the last good states.
+
+    Returns
+    -------
+    str
+        A sentence for each way to fail; empty if none did.
+    """
+    lines = []
+    for status in Status:
+        rows = np.flatnonzero(codes == status)
+        if status in DONE or not len(rows):
+            continue
+        shown = ", ".join(str(i) for i in rows[:5].tolist())
+        shown += ", ..." if len(rows) > 5 else ""
+        times = t_reached[rows]
+        lines.append(
+            f"{len(rows)} of {len(codes)} samples ({shown}) stopped at "
+            f"t = {times.min():.4g} to {times.max():.4g}: {status.message}"
+        )
+    return " ".join(lines)
+
+
+@dataclass(repr=False)
 class Solution:
     """Solution of an initial value problem, as returned by `solve_ode`.
 
@@ -96,20 +139,44 @@ class Solution:
 
     t: Tensor
     y: Tensor
-    status: Tensor
-    stats: dict[str, Tensor]
-    t_reached: Tensor
+    # On the host, of one lane if the batch is one; tensors are only made of what is
+    # asked for. Rows of counts: the status, the `STATISTICS`.
+    _counts: np.ndarray
+    _t_reached: np.ndarray
+    _resolve: Callable[[Tensor], Solution]
     events: tuple[Occurrences, ...] = ()
-    _resolve: Callable[[Tensor], Solution] | None = field(default=None, repr=False)
-    _clean: bool = field(default=False, repr=False)  # as solved: all statuses are zero
+
+    def __repr__(self):
+        names = "t", "y", "status", "stats", "t_reached", "events"
+        shown = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        return f"Solution({shown})"
+
+    @cached_property
+    def status(self) -> Tensor:
+        """A `Status` for every sample."""
+        return self._of_samples(self._counts[0])
+
+    @cached_property
+    def stats(self) -> dict[str, Tensor]:
+        """What the solve of each sample took."""
+        counts = self._of_samples(self._counts[1 : 1 + len(STATISTICS)])
+        return dict(zip(STATISTICS, counts.unbind(), strict=True))
+
+    @cached_property
+    def t_reached(self) -> Tensor:
+        """Time of the last good state of every sample."""
+        return self._of_samples(self._t_reached)
+
+    def _of_samples(self, values: np.ndarray) -> Tensor:
+        """Return values of lanes as those of samples, on the device of the states."""
+        values = torch.from_numpy(values).to(self.y.device)
+        return values.expand(*values.shape[:-1], len(self.y))
 
     @property
     def success(self) -> bool:
         """Whether all samples reached the end of the interval or a terminal event."""
-        if not self.status.any():  # the usual case, in one operation
-            return True
-        done = (self.status == Status.SUCCESS) | (self.status == Status.EVENT)
-        return bool(done.all())
+        codes = self._counts[0]
+        return not np.count_nonzero(codes) or bool(np.isin(codes, DONE).all())
 
     @property
     def messages(self) -> list[str]:
@@ -124,20 +191,8 @@ class Solution:
         str
             A sentence for each way to fail; empty if none did.
         """
-        lines = []
-        codes = self.status.cpu()
-        for status in Status:
-            rows = (codes == int(status)).nonzero().flatten()
-            if status in (Status.SUCCESS, Status.EVENT) or not len(rows):
-                continue
-            shown = ", ".join(str(i) for i in rows[:5].tolist())
-            shown += ", ..." if len(rows) > 5 else ""
-            times = self.t_reached.detach().cpu()[rows]
-            lines.append(
-                f"{len(rows)} of {len(codes)} samples ({shown}) stopped at "
-                f"t = {times.min():.4g} to {times.max():.4g}: {status.message}"
-            )
-        return " ".join(lines)
+        host = (x.numpy(force=True) for x in (self.status, self.t_reached))
+        return failure_report(*host)
 
     def interpolate(self, t: Tensor) -> Tensor:
         """Evaluate the dense output at further times inside the interval.

@@ -20,12 +20,11 @@ from sknode.ode.events import solve_with_events
 from sknode.ode.gradients import Run, discrete_adjoint, replay
 from sknode.ode.integrate import Options, Stops, Trace, check_order
 from sknode.ode.methods import GRADIENTS, Method, get_method
-from sknode.ode.solution import Solution, SolverWarning
+from sknode.ode.solution import STATISTICS, Solution, SolverWarning
 from sknode.ode.vector_field import bind
 
 __all__ = ["solve_ode"]
 
-STATISTICS = ("n_steps", "n_accepted", "n_rejected", "n_f_evals")
 DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 LEAST_RTOL = {dtype: 4 * torch.finfo(dtype).eps for dtype in DTYPES}
 STEP_CONTROLS = ("per_sample", "shared")
@@ -188,7 +187,7 @@ def solve_ode(
         row_wise=row_wise,
         event=event,
     )
-    if not (solution._clean or solution.success):
+    if not solution.success:
         warnings.warn(solution.failure_report(), SolverWarning, stacklevel=2)
     return solution
 
@@ -227,7 +226,7 @@ def solve(
             backward = _options(y0.dtype, **settings | other | (adjoint or {}))
     shared = step_control == "shared"
     batch, state = y0.shape[0], y0.shape[1:]
-    times = _check_times(t, batch, shared)
+    times, host_times = _check_times(t, batch, shared)
     settings |= {"step_control": step_control, "gradient": gradient}
     settings |= {"adjoint": adjoint}
     again = partial(solve, f, y0, row_wise=row_wise, event=event, **settings)
@@ -245,7 +244,6 @@ def solve(
         flat = y0.reshape(1 if shared else batch, -1).contiguous()
 
     field = bind(f, batch, state, shared, row_wise=row_wise)
-    host_times = check_order(times.numpy(force=True))
     replayable = partial(bind, f, batch, state, shared, closed_form=False)
     run = Run(field, replayable, host_times, options, stops, backward)
     run.fused = (
@@ -270,7 +268,7 @@ def solve(
     if needs_grad:
         _check_gradient(known, gradient, stops)
     if not needs_grad:
-        _refuse_tangents(flat, times)
+        _refuse_tangents(flat)
         y = run.forward(flat.detach(), record=False)
     elif gradient == "discrete":
         y = discrete_adjoint(run, flat, times)
@@ -284,36 +282,23 @@ def solve(
     elif len(state) != 1:
         y = y.view(batch, n_times, *state)
     trace = run.trace
-
-    # moved to the device together
     counts = trace.statistics
-    counts = torch.from_numpy(_statistics(trace, options) if counts is None else counts)
-    t_reached = torch.from_numpy(trace.t_reached.astype("f8"))
-    if not y0.is_cpu:
-        counts, t_reached = counts.to(y0.device), t_reached.to(y0.device)
-    if shared:
-        counts, t_reached = counts.expand(-1, batch), t_reached.expand(batch)
-    status, *counts = counts.unbind()
     return Solution(
         t=times,
         y=y,
-        status=status,
-        stats=dict(zip(STATISTICS, counts, strict=True)),
-        t_reached=t_reached,
+        _counts=_statistics(trace, options) if counts is None else counts,
+        _t_reached=np.array(trace.t_reached, np.float64),
         _resolve=again,
-        _clean=not np.count_nonzero(trace.status),
     )
 
 
 def _empty_solution(y0: Tensor, times: Tensor, resolve) -> Solution:
     """Return the solution for a batch without samples."""
-    nothing = torch.zeros(0, dtype=torch.int64, device=y0.device)
     return Solution(
         t=times,
         y=y0[:, None].repeat(1, times.shape[-1], *(1 for _ in y0.shape[1:])),
-        status=nothing,
-        stats={name: nothing.clone() for name in STATISTICS},
-        t_reached=nothing.to(torch.float64),
+        _counts=np.zeros((1 + len(STATISTICS), 0), np.int64),
+        _t_reached=np.zeros(0),
         _resolve=resolve,
     )
 
@@ -350,14 +335,13 @@ def _check_gradient(known: Method, gradient: str, stops: Stops | None) -> None:
         raise ValueError("gradient='continuous' does not serve states that jump.")
 
 
-def _refuse_tangents(*tensors: Tensor) -> None:
+def _refuse_tangents(x: Tensor) -> None:
     """Raise if derivatives are wanted in forward mode: they would be lost."""
-    for x in tensors:
-        if unpack_dual(x).tangent is not None:
-            raise NotImplementedError(
-                "solve_ode has no derivatives in forward mode: y0 and t must not be "
-                "dual tensors. Use reverse mode."
-            )
+    if unpack_dual(x).tangent is not None:
+        raise NotImplementedError(
+            "solve_ode has no derivatives in forward mode: y0 and t must not be "
+            "dual tensors. Use reverse mode."
+        )
 
 
 def _check_state(y0) -> None:
@@ -374,10 +358,13 @@ def _check_state(y0) -> None:
         raise ValueError(f"y0 has an empty state: shape {tuple(y0.shape)}.")
 
 
-def _check_times(t, batch: int, shared: bool) -> Tensor:
-    """Return the output times in double precision: time costs nothing on the host."""
+def _check_times(t, batch: int, shared: bool) -> tuple[Tensor, np.ndarray]:
+    """Return the output times in double precision, also as the host has them.
+
+    Time costs nothing on the host. Where it needs no gradient it is copied, since of
+    changes to it autograd would not know.
+    """
     if not isinstance(t, Tensor):
-        # a copy: of changes to an array, autograd would not know
         t = torch.tensor(t, dtype=torch.float64)
     if t.is_complex():
         raise TypeError("t must be real.")
@@ -385,7 +372,12 @@ def _check_times(t, batch: int, shared: bool) -> Tensor:
     if not fits or t.shape[-1] == 0:
         expected = "(n_times,)" if shared else f"(n_times,) or ({batch}, n_times)"
         raise ValueError(f"t must have shape {expected}. Got {tuple(t.shape)} instead.")
-    return t.double()
+    _refuse_tangents(t)
+    if t.requires_grad or not t.is_cpu or t.dtype not in DTYPES:
+        times = t.double()
+        return times, check_order(times.numpy(force=True))
+    host = check_order(t.resolve_neg().numpy().astype(np.float64))
+    return torch.from_numpy(host), host
 
 
 def _options(dtype: torch.dtype, **settings) -> Options:

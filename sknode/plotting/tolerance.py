@@ -22,7 +22,7 @@ PANEL_SIZE = 3.2  # inches
 RTOLS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 # The reference is solved with this share of the smallest tolerance, but with no less
 # than double precision carries, and may take so many times more steps.
-FINER, LEAST_RTOL, MORE_STEPS = 1e-2, 1e-15, 10
+FINER, LEAST_RTOL, MORE_STEPS = 1e-3, 1e-15, 10
 
 
 class ToleranceDisplay:
@@ -121,7 +121,7 @@ class ToleranceDisplay:
 
         Results are the probabilities of a classifier, the predictions of a regressor
         and the log-densities of `CNFDensity`. The reference is a solve in double
-        precision with a hundredth of the smallest tolerance. The estimator itself stays
+        precision with a thousandth of the smallest tolerance. The estimator itself stays
         as it is.
 
         Parameters

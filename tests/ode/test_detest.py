@@ -63,8 +63,8 @@ class Promise:
 
 
 # Measured: medians of 0.9 to 2.3, 0.8 to 2.4, 0.10 to 0.34 and 2.8 to 8.9 tolerances,
-# largest errors of 2340, 520, 160 and 430; slopes of 0.99, 1.02, 0.87 and 0.98, the least
-# of 0.75, 0.71, 0.39 and 0.48. The few steps of order 8 are shortened most to be equal.
+# largest errors of 2340, 520, 160 and 430; slopes of 0.99, 1.02, 0.87 and 0.98, the
+# least of 0.75, 0.71, 0.39 and 0.48. The few steps of order 8 are shortened most.
 PROMISES = {
     "dopri5": Promise(worst=4000.0),
     "tsit5": Promise(),
