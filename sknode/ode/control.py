@@ -135,8 +135,8 @@ def even_steps(
 ) -> np.ndarray:
     """Shorten steps so that they lead to their goal in equal ones.
 
-    They are as many as it takes anyway. A last step that is cut short would make no use
-    of its evaluations; shared among all, the rest makes them more accurate.
+    They are as many as it takes to the goal anyway. A last step that is cut short would
+    make no use of its evaluations; shared among all, the rest makes them more accurate.
 
     Parameters
     ----------
@@ -242,8 +242,8 @@ def initial_step(
     order: int,
     rtol,
     atol,
-    norm=None,
-    aim: float = 0.01,
+    norm,
+    aim: float,
 ) -> np.ndarray:
     """Choose the first step of every lane, inside its interval, by one evaluation.
 
@@ -259,9 +259,9 @@ def initial_step(
         Order of the error estimate plus one.
     rtol, atol : float or Tensor of shape (n,)
         Tolerances.
-    norm : callable, optional
-        Norm of the rows of a (lanes, n) tensor; by default their root mean square.
-    aim : float, default=0.01
+    norm : callable or None
+        Norm of the rows of a (lanes, n) tensor; None for their root mean square.
+    aim : float
         Error that the step is chosen for, in tolerances; a crude estimate of it.
 
     Returns

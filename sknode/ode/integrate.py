@@ -359,8 +359,8 @@ def integrate(
 
         # attempt a step
         t, y, running = lanes.t, lanes.y, lanes.running
-        asked = attempt == 1 and options.first_step is not None
-        t1 = t + (lanes.even_steps() if even and not asked else lanes.h)
+        given = attempt == 1 and options.first_step is not None
+        t1 = t + (lanes.even_steps() if even and not given else lanes.h)
         t1 = np.where(t1 >= lanes.near_goal, lanes.goal, t1)
         length = t1 - t
         sign = grid.direction
@@ -374,7 +374,9 @@ def integrate(
         # accept or reject: here the host waits for the device
         ratio, accept = stepper.judge(y, y1)
         if options.force_min_step:
-            accept |= (length <= options.min_step) & np.isfinite(ratio)
+            # it may have become longer by rounding
+            asked = np.minimum(length, lanes.h)
+            accept |= (asked <= options.min_step) & np.isfinite(ratio)
         moved = accept & running
         n_moved = np.count_nonzero(moved)
         if options.monitor is not None:

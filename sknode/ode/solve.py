@@ -93,7 +93,8 @@ def solve_ode(
     max_steps : int, default=10000
         Attempted steps after which a sample gives up.
     first_step : float, optional
-        Length of the first step. By default it is chosen from the first two slopes.
+        Length of the first step. By default it is chosen from the first two slopes, for
+        an error of the tolerance.
     min_step : float, default=0
         A step that would have to be shorter than this fails.
     max_step : float, optional
@@ -140,6 +141,7 @@ def solve_ode(
 
     Notes
     -----
+    Steps are shortened to lead to the end in equal ones, as many as it takes anyway.
     Outputs inside a step come from the method's dense output and change no step. A
     non-finite trial state shortens the step. Gradients flow to ``y0``, to ``t`` and to
     every tensor that ``f`` depends on.
@@ -268,7 +270,6 @@ def solve(
     if needs_grad:
         _check_gradient(known, gradient, stops)
     if not needs_grad:
-        _refuse_tangents(flat)
         y = run.forward(flat.detach(), record=False)
     elif gradient == "discrete":
         y = discrete_adjoint(run, flat, times)
@@ -335,12 +336,12 @@ def _check_gradient(known: Method, gradient: str, stops: Stops | None) -> None:
         raise ValueError("gradient='continuous' does not serve states that jump.")
 
 
-def _refuse_tangents(x: Tensor) -> None:
+def _refuse_tangents(name: str, x: Tensor) -> None:
     """Raise if derivatives are wanted in forward mode: they would be lost."""
     if unpack_dual(x).tangent is not None:
         raise NotImplementedError(
-            "solve_ode has no derivatives in forward mode: y0 and t must not be "
-            "dual tensors. Use reverse mode."
+            f"solve_ode has no derivatives in forward mode: {name} must not be a dual "
+            "tensor. Use reverse mode."
         )
 
 
@@ -356,12 +357,13 @@ def _check_state(y0) -> None:
         raise ValueError("y0 must have a batch dimension: shape (batch, ...).")
     if y0.shape[1:].numel() == 0:
         raise ValueError(f"y0 has an empty state: shape {tuple(y0.shape)}.")
+    _refuse_tangents("y0", y0)
 
 
 def _check_times(t, batch: int, shared: bool) -> tuple[Tensor, np.ndarray]:
     """Return the output times in double precision, also as the host has them.
 
-    Time costs nothing on the host. Where it needs no gradient it is copied, since of
+    Time costs nothing on the host. There, what needs no gradient is copied, since of
     changes to it autograd would not know.
     """
     if not isinstance(t, Tensor):
@@ -372,7 +374,7 @@ def _check_times(t, batch: int, shared: bool) -> tuple[Tensor, np.ndarray]:
     if not fits or t.shape[-1] == 0:
         expected = "(n_times,)" if shared else f"(n_times,) or ({batch}, n_times)"
         raise ValueError(f"t must have shape {expected}. Got {tuple(t.shape)} instead.")
-    _refuse_tangents(t)
+    _refuse_tangents("t", t)
     if t.requires_grad or not t.is_cpu or t.dtype not in DTYPES:
         times = t.double()
         return times, check_order(times.numpy(force=True))

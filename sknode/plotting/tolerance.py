@@ -121,8 +121,8 @@ class ToleranceDisplay:
 
         Results are the probabilities of a classifier, the predictions of a regressor
         and the log-densities of `CNFDensity`. The reference is a solve in double
-        precision with a thousandth of the smallest tolerance. The estimator itself stays
-        as it is.
+        precision with a thousandth of the smallest tolerance. The estimator itself
+        stays as it is.
 
         Parameters
         ----------

@@ -239,8 +239,12 @@ def test_derivatives_in_forward_mode_are_refused(y0, which, choice):
         given = arguments[which]
         arguments[which] = forward_ad.make_dual(given, torch.ones_like(given))
         for f in (field, lambda t, y: -y):
-            with pytest.raises(NotImplementedError, match="forward mode"):
+            with pytest.raises(NotImplementedError, match=f"forward mode: {which}"):
                 solve_ode(f, **arguments)
+        arguments[which] = arguments[which].requires_grad_()
+        for gradient in ("discrete", "continuous", "backprop"):
+            with pytest.raises(NotImplementedError, match=f"forward mode: {which}"):
+                solve_ode(field, **arguments, gradient=gradient)
 
 
 def test_failed_samples_do_not_poison_gradients(y0):

@@ -495,6 +495,17 @@ class TestOptions:
         odeint(f, doubles(1.0, 2.0, 3.0), doubles(0.0, 2.0), options=options)
         assert f.calls <= 2 + 6 * 5
 
+    @pytest.mark.parametrize("min_step", [0.1, 0.05, 1 / 30, 0.01])
+    @pytest.mark.parametrize("method", ["bosh3", "dopri5"])
+    def test_min_step_is_accepted_however_its_end_rounds(self, method, min_step):
+        def f(t, y):
+            return torch.cos(20 * t) * torch.ones_like(y)
+
+        settings = {"rtol": 1e-10, "atol": 1e-10, "method": method}
+        t = doubles(0.0, 1.0)
+        y = odeint(f, doubles(1.0), t, **settings, options={"min_step": min_step})
+        assert y[-1].item() == pytest.approx(1 + np.sin(20) / 20, abs=0.05)
+
     def test_max_and_first_step(self):
         f, steps = Field(), []
         f.callback_step = lambda t, y, dt: steps.append(dt.item())
