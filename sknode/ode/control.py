@@ -107,11 +107,12 @@ class StepController:
         factor = self.safety * np.maximum(ratio, 1e-100) ** (-(p + i + d) / order)
         for past, beta in zip(history.T, (-(p + 2 * d), d), strict=False):
             factor *= past ** (-beta / order)
+        most = np.where(after_rejection, 1.0, self.factor_max)
         if self.n_history:
             # with a memory, a rejected step could be proposed to grow
-            factor = np.where(ratio > 1, np.minimum(factor, self.safety), factor)
-        factor = np.where(after_rejection, np.minimum(factor, 1.0), factor)
-        return np.clip(factor, self.factor_min, self.factor_max)
+            most = np.where(ratio > 1, self.safety, most)
+        # several times as fast as `clip` for a few numbers
+        return np.maximum(np.minimum(factor, most), self.factor_min)
 
 
 def make_controller(controller) -> StepController:

@@ -182,7 +182,7 @@ class StageTimes:
         c = tableau.c[:, None]
         times = t + c * (t1 - t)
         # exactly the ends, and never beyond them
-        times = np.clip(times, np.minimum(t, t1), np.maximum(t, t1))
+        times = np.maximum(np.minimum(times, np.maximum(t, t1)), np.minimum(t, t1))
         times = np.where(c == 1.0, t1, times)
         if inside:
             first, last = just_inside(t, t1, like.dtype), just_inside(t1, t, like.dtype)

@@ -519,17 +519,13 @@ def bind(
     if isinstance(f, AutogradField):
         return f  # in the solver's layout already
     field = f.closed_form(state) if hasattr(f, "closed_form") else None
-    network = None
+    flat = not shared and len(state) == 1
     if field is None:
         field = AutogradField(f, row_wise)
-        flat = closed_form and not shared and len(state) == 1
-        if flat and hasattr(f, "density_network") and not has_hooks(f):
-            network = f.density_network()
+        if flat and closed_form and hasattr(f, "density_network") and not has_hooks(f):
+            field.network = f.density_network()
     elif not closed_form:
         # everything by differentiable operations
         field = AutogradField(f, row_wise, getattr(f, "jacobian", None))
-    elif not shared and len(state) == 1:
-        return field  # its layout is the solver's
-    view = FieldView(field, batch, state, shared)
-    view.network = network
-    return view
+    # the user's layout may be the solver's
+    return field if flat else FieldView(field, batch, state, shared)
