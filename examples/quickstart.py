@@ -136,9 +136,10 @@ def tolerances(model, X, y):
             odenetclassifier__rtol=tolerance, odenetclassifier__atol=tolerance
         )
         off = np.abs(model.predict_proba(X) - reference).max()
+        evaluations = model[-1].count_evaluations(model[:-1].transform(X)).mean()
         print(
-            f"   tolerance {tolerance:<6g} right {model.score(X, y):.1%}, "
-            f"probabilities off by at most {off:.0e}"
+            f"   tolerance {tolerance:<6g} {evaluations:.0f} evaluations, "
+            f"right {model.score(X, y):.1%}, probabilities off by at most {off:.0e}"
         )
     print()
 
