@@ -48,9 +48,8 @@ def draw_masks(series: Series, generator: torch.Generator) -> Tensor:
     n, length, n_channels = series.seen.shape
     device = series.time.device
 
-    def draw(*shape):
-        x = torch.rand(shape, generator=generator, dtype=torch.float64)
-        return x.to(device)
+    def draw(*shape, dtype=torch.float64):
+        return torch.rand(shape, generator=generator, dtype=dtype).to(device)
 
     def uniform(low, high):
         return low + (high - low) * draw(n, 1)
@@ -65,15 +64,16 @@ def draw_masks(series: Series, generator: torch.Generator) -> Tensor:
     first = uniform(0, 1) * (1 - width)
     head = uniform(*HEAD).masked_fill_(kind != 0, torch.inf)
     block = (share >= first) & (share <= (first + width).masked_fill_(kind != 1, -1.0))
-    # of a row all channels, or each by itself
-    kind, hidden = choose(), uniform(*POINTS)
-    rows = draw(n, length) >= hidden.masked_fill(kind != 0, 0.0)
+    # of a row all channels, by what is drawn for the first, or each by itself
+    kind, hidden = choose(), uniform(*POINTS).float()
+    cells = draw(n, length, n_channels, dtype=torch.float32)
+    rows = cells[..., 0] >= hidden.masked_fill(kind != 0, 0.0)
     keep = (share <= head) & ~block & rows
     # A cell is hidden if what is drawn for it is less than the limit of its row: few
     # passes over all cells.
-    limit = torch.maximum(hidden.masked_fill(kind != 1, 0.0), (~keep).double())
+    limit = torch.maximum(hidden.masked_fill(kind != 1, 0.0), (~keep).float())
     limit *= ~series.first_rows()
-    return draw(n, length, n_channels) >= limit[..., None]
+    return cells >= limit[..., None]
 
 
 @dataclass
