@@ -33,10 +33,14 @@ from torch import Tensor
 
 from sknode.ode import kernels
 from sknode.ode.gradients import Run, dot
-from sknode.ode.integrate import Grid, Options, Stops, Trace, integrate, to_device
+from sknode.ode.grid import Grid, Stops
+from sknode.ode.integrate import integrate
+from sknode.ode.lanes import to_device
 from sknode.ode.once_differentiable import once_differentiable
+from sknode.ode.options import Options
 from sknode.ode.solution import SolverError, failure_report
 from sknode.ode.stepper import Stepper
+from sknode.ode.trace import Trace
 from sknode.ode.vector_field import BoundField
 
 __all__ = ["continuous_adjoint"]

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from sknode.ode.control import real_dtype
-from sknode.ode.integrate import to_device
+from sknode.ode.lanes import to_device
 from sknode.ode.solution import Occurrences, Status
 from sknode.ode.vector_field import bind
 

@@ -37,10 +37,13 @@ import torch
 from torch import Tensor
 
 from sknode.ode import kernels
-from sknode.ode.integrate import Grid, Options, StepRecord, Stops, Trace, integrate
+from sknode.ode.grid import Grid, Stops
+from sknode.ode.integrate import integrate
 from sknode.ode.once_differentiable import once_differentiable
+from sknode.ode.options import Options
 from sknode.ode.runge_kutta import StageBuffer, StageTimes, powers
 from sknode.ode.tape import Tape
+from sknode.ode.trace import StepRecord, Trace
 from sknode.ode.vector_field import BoundField
 
 __all__ = ["Run", "discrete_adjoint", "dot", "replay"]

@@ -15,39 +15,21 @@ Time runs upwards inside the loop, whatever the direction of the interval: ``t``
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from functools import cached_property
-from typing import Any, Protocol
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sknode.ode.control import (
-    StepController,
-    even_steps,
-    initial_step,
-    just_inside,
-    real_dtype,
-)
+from sknode.ode.control import initial_step, just_inside
+from sknode.ode.grid import Grid, Stops
+from sknode.ode.lanes import RESOLUTION, Lanes, to_device
+from sknode.ode.options import Options
 from sknode.ode.solution import Status
 from sknode.ode.stepper import Stepper
-from sknode.ode.tableaus import Tableau
+from sknode.ode.trace import StepRecord, Trace
 
-__all__ = [
-    "Grid",
-    "Lanes",
-    "Monitor",
-    "Options",
-    "StepRecord",
-    "Stops",
-    "Trace",
-    "check_order",
-    "integrate",
-    "to_device",
-]
+__all__ = ["integrate"]
 
 # Matrix products treat full blocks of rows alike; a remainder goes through other
 # instructions and rounds differently. Batches that are multiples of this make a row's
@@ -58,256 +40,6 @@ ROW_BLOCK = 16
 # large enough for the arithmetic to cost more than the leaving.
 LEAVE_SHARE = 0.2
 LEAVE_BATCH = 256
-
-# The smallest step worth taking, relative to the time.
-RESOLUTION = 4 * np.finfo(np.float64).eps
-
-
-class Monitor(Protocol):
-    """Someone who is told of every step, under shared control."""
-
-    def on_step(self, t: float, y: Tensor, h: float) -> None:
-        """Called before a step is attempted."""
-
-    def on_accept(self, t: float, y: Tensor, h: float) -> None:
-        """Called after a step was accepted."""
-
-    def on_reject(self, t: float, y: Tensor, h: float) -> None:
-        """Called after a step was rejected."""
-
-
-class Watch(Protocol):
-    """Someone who may end a lane inside an accepted step, as events do."""
-
-    def look(self, rows, t, t1, y, y1, moved, sign, dense):
-        """Return the mask of lanes that end, their times and their states, or None.
-
-        ``dense(lanes, theta)`` gives states inside the step. Times are ascending.
-        """
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the loop needs to know beside the problem."""
-
-    tableau: Tableau | None  # of an explicit Runge-Kutta method
-    rtol: float | Tensor
-    atol: float | Tensor
-    max_steps: int
-    controller: StepController
-    first_step: float | None = None
-    min_step: float = 0.0
-    step_size: float | None = None  # a constant step, without error control
-    grid: tuple[float, ...] | None = None  # ends of all steps; only for kernels
-    max_step: float = np.inf
-    force_min_step: bool = False  # accept steps that cannot be shortened
-    open_steps: bool = False  # fields jump at ends of steps: see times just inside
-    norm: Callable[[Tensor], np.ndarray] | None = None  # (lanes, n) -> (lanes,)
-    monitor: Monitor | None = None
-    watch: Watch | None = None
-    make_stepper: Callable[[Any, Options], Stepper] | None = None
-    loop: Callable[..., Trace] | None = None  # to be used instead of `integrate`
-
-    @cached_property
-    def plain(self) -> bool:
-        """Whether there is nothing here that a kernel does not know."""
-        return (
-            self.tableau is not None
-            and self.max_step == np.inf
-            and not self.force_min_step
-            and not self.open_steps
-            and self.norm is None
-            and self.monitor is None
-            and self.watch is None
-            and not isinstance(self.rtol, Tensor)
-            and not isinstance(self.atol, Tensor)
-        )
-
-
-@dataclass(frozen=True)
-class Stops:
-    """Times inside the interval at which steps have to end.
-
-    Attributes
-    ----------
-    times : ndarray of shape (n_stops,) or (lanes, n_stops)
-        Ascending, after the start, infinite where a lane has fewer.
-    on_reach : callable or None
-        ``on_reach(rows, first, last, t, y, k)``, called when lanes have reached a stop,
-        with the rows of all lanes, the range of stops that each has reached (empty for
-        those that have not) and their ascending times; returns states and slopes.
-    tied : bool
-        Whether the stops are the inner output times themselves, and move with them;
-        only for a single lane.
-    """
-
-    times: np.ndarray
-    on_reach: Callable[..., tuple[Tensor, Tensor]] | None = None
-    tied: bool = False
-
-    def next(self, rows: np.ndarray, index: np.ndarray) -> np.ndarray:
-        """Return the time of the stop with this index, infinite if there is none."""
-        n = self.times.shape[-1]
-        row = rows if self.times.ndim == 2 else 0
-        times = np.atleast_2d(self.times)[row, np.minimum(index, n - 1)]
-        return np.where(index < n, times, np.inf)
-
-    def count(self, rows: np.ndarray, t: np.ndarray) -> np.ndarray:
-        """Return how many stops lie at or before t."""
-        if self.times.ndim == 1:
-            return np.searchsorted(self.times, t, side="right")
-        return (self.times[rows] <= t[:, None]).sum(1)
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Output times in ascending order and the sign that turns them back.
-
-    Attributes
-    ----------
-    times : ndarray of shape (n_times,) or (lanes, n_times)
-    direction : float or ndarray of shape (lanes,)
-    stops : Stops or None
-        Times at which steps have to end.
-    """
-
-    times: np.ndarray
-    direction: float | np.ndarray
-    stops: Stops | None = None
-
-    @property
-    def at_start(self) -> np.ndarray:
-        """Which times equal the first: they are reached before any step."""
-        return self.times == self.times[..., :1]
-
-    @classmethod
-    def from_times(cls, t: np.ndarray, stops: Stops | None = None) -> Grid:
-        """Orient times as `check_order` lets them pass; stops are so already."""
-        sign = np.where(t[..., -1:] < t[..., :1], -1.0, 1.0)
-        times = t * sign
-        uniform = len(np.unique(sign)) <= 1
-        direction = float(sign.flat[0]) if uniform and sign.size else sign[..., 0]
-        return cls(times, direction if sign.size else 1.0, stops)
-
-
-def check_order(t: np.ndarray) -> np.ndarray:
-    """Raise unless times are finite and in order, row by row."""
-    if t.shape == (2,) and math.isfinite(t[0]) and math.isfinite(t[1]):
-        return t  # the usual case
-    if not np.isfinite(t).all():
-        raise ValueError("t must be finite.")
-    change = np.diff(t)
-    if not ((change >= 0).all(-1) | (change <= 0).all(-1)).all():
-        raise ValueError("t must be monotonic (equal times may repeat).")
-    return t
-
-
-@dataclass
-class StepRecord:
-    """A step as it was taken, for going back over it.
-
-    Attributes
-    ----------
-    rows : Tensor of shape (m,) or None
-        The lanes that moved; None for all of them, in order.
-    t, t1 : ndarray of shape (m,)
-        Start and end in the direction of the interval, as the vector field saw them.
-    h : Tensor of shape (m, 1)
-        The signed step in the state's dtype, zero where a lane did not move.
-    y : Tensor of shape (m, n)
-        State at the start.
-    arrived : ndarray of shape (m,)
-        Whether the step ended at the end of the lane's interval.
-    outputs : tuple of Tensor (lanes, columns, theta), or None
-        The inner output times that fell into the step: position in ``rows``, index of
-        the time, place in the step.
-    """
-
-    rows: Tensor | None
-    t: np.ndarray
-    t1: np.ndarray
-    h: Tensor
-    y: Tensor
-    arrived: np.ndarray
-    outputs: tuple[Tensor, Tensor, Tensor] | None
-    start_stop: np.ndarray | None = None  # stops reached before and after the step
-    end_stop: np.ndarray | None = None
-
-
-@dataclass
-class Trace:
-    """Everything that an integration leaves behind; one entry per lane."""
-
-    y: Tensor  # (lanes, n_times, n)
-    status: np.ndarray
-    n_steps: np.ndarray
-    n_rejected: np.ndarray
-    next_output: np.ndarray  # first output time that was not reached
-    t_reached: np.ndarray
-    records: list[StepRecord] | Any | None  # a kernel has its own kind
-    # status and statistics as `solve_ode` returns them, from a kernel; else from these
-    statistics: np.ndarray | None = None
-    n_dense: np.ndarray | None = None  # steps that needed the dense output's stages
-    moving: np.ndarray | None = None  # whether the interval has a length
-    # what only the reverse of `integrate` asks for
-    at_start: np.ndarray | None = None  # (lanes, n_times), times that equal the first
-    k0: Tensor | None = None  # first slope
-    n_padded: int = 0  # lanes counted by the records' rows
-    n_jumps: np.ndarray | None = None  # stops at which the slope was computed anew
-    stepper: Stepper | None = None
-    n_evaluations: np.ndarray | None = None  # after the first slopes
-
-
-@dataclass
-class Lanes:
-    """State of the lanes still in the batch; every array has them first."""
-
-    y: Tensor
-    k: Tensor  # slope at (t, y)
-    rows: np.ndarray
-    t: np.ndarray
-    t_end: np.ndarray
-    goal: np.ndarray  # the next stop, or the end
-    near_goal: np.ndarray  # a step that gets here goes to the goal
-    next_stop: np.ndarray
-    floor: np.ndarray  # smallest step, relative to the interval
-    h: np.ndarray
-    running: np.ndarray
-    status: np.ndarray
-    n_steps: np.ndarray
-    n_rejected: np.ndarray
-    n_dense: np.ndarray
-    n_jumps: np.ndarray
-    next_output: np.ndarray
-    history: np.ndarray  # errors before, (lanes, n_history)
-    rejected: np.ndarray  # whether the latest attempt was
-
-    def shortest(self) -> np.ndarray:
-        """Return the shortest steps that can be taken."""
-        return np.maximum(np.abs(self.t) * RESOLUTION, self.floor)
-
-    def even_steps(self) -> np.ndarray:
-        """Return the next steps, shortened to lead to their goal in equal ones."""
-        to_goal, to_near = self.goal - self.t, self.near_goal - self.t
-        return even_steps(self.h, to_goal, to_near, self.shortest())
-
-    def select(self, index: np.ndarray) -> Lanes:
-        """Keep some lanes."""
-        index_y = to_device(index, self.y)
-        return Lanes(
-            self.y[index_y],
-            self.k[index_y],
-            **{f.name: getattr(self, f.name)[index] for f in fields(self)[2:]},
-        )
-
-    def store(self, total: Lanes) -> None:
-        """Write back into the arrays of all lanes."""
-        if total is self:
-            return
-        rows = to_device(self.rows, self.y)
-        total.y = total.y.index_copy(0, rows, self.y)
-        for f in fields(self)[3:]:
-            getattr(total, f.name)[self.rows] = getattr(self, f.name)
 
 
 def integrate(
@@ -518,13 +250,6 @@ def _aim(lanes: Lanes, stops: Stops | None, slack: float = 0.0) -> None:
     largest = np.maximum(np.abs(lanes.t), np.abs(goal))
     lanes.goal = goal
     lanes.near_goal = goal - np.maximum(4 * RESOLUTION * largest, slack)
-
-
-def to_device(values: np.ndarray, like: Tensor) -> Tensor:
-    """Bring an array to the device, real numbers in the dtype of the states."""
-    tensor = torch.from_numpy(np.ascontiguousarray(values))
-    dtype = real_dtype(like.dtype) if tensor.is_floating_point() else None
-    return tensor.to(device=like.device, dtype=dtype, non_blocking=True)
 
 
 def _pad(y0: Tensor, grid: Grid, k0: Tensor | None):

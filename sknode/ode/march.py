@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from sknode.ode import kernels
 from sknode.ode.control import make_controller
 from sknode.ode.gradients import Run, discrete_adjoint
-from sknode.ode.integrate import Options
 from sknode.ode.methods import get_method
+from sknode.ode.options import Options
 from sknode.ode.vector_field import bind
 
 __all__ = ["march"]

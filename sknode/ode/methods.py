@@ -8,12 +8,12 @@ from functools import partial
 
 from sknode.ode import tableaus
 from sknode.ode.implicit import RosenbrockStepper
-from sknode.ode.integrate import Trace
 from sknode.ode.multistep import AdamsStepper
 from sknode.ode.runge_kutta import ExplicitStepper
 from sknode.ode.scipy_solvers import SCIPY_METHODS, solve_by_scipy
 from sknode.ode.stepper import Stepper
 from sknode.ode.tableaus import Tableau, get_tableau
+from sknode.ode.trace import Trace
 
 __all__ = ["METHODS", "Method", "get_method"]
 

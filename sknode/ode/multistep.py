@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from sknode.ode.control import scaled_norms
-from sknode.ode.integrate import to_device
+from sknode.ode.lanes import to_device
 from sknode.ode.stepper import Stepper
 
 __all__ = ["MAX_ORDER", "AdamsStepper", "basis_integrals"]

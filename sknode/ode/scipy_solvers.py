@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from sknode.ode.control import StepController, real_dtype
-from sknode.ode.integrate import Grid, Options, Trace
+from sknode.ode.grid import Grid
+from sknode.ode.options import Options
 from sknode.ode.solution import Status
+from sknode.ode.trace import Trace
 from sknode.ode.vector_field import BoundField
 
 __all__ = ["SCIPY_METHODS", "solve_by_scipy"]

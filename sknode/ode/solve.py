@@ -18,9 +18,11 @@ from sknode.ode.continuous import continuous_adjoint
 from sknode.ode.control import StepController, make_controller, real_dtype
 from sknode.ode.events import solve_with_events
 from sknode.ode.gradients import Run, discrete_adjoint, replay
-from sknode.ode.integrate import Options, Stops, Trace, check_order
+from sknode.ode.grid import Stops, check_order
 from sknode.ode.methods import GRADIENTS, Method, get_method
+from sknode.ode.options import Options
 from sknode.ode.solution import STATISTICS, Solution, SolverWarning
+from sknode.ode.trace import Trace
 from sknode.ode.vector_field import bind
 
 __all__ = ["solve_ode"]

@@ -18,7 +18,9 @@ from torch import Tensor
 from sknode.ode.control import error_ratio
 
 if TYPE_CHECKING:
-    from sknode.ode.integrate import Lanes, Options, Trace
+    from sknode.ode.lanes import Lanes
+    from sknode.ode.options import Options
+    from sknode.ode.trace import Trace
     from sknode.ode.vector_field import BoundField
 
 __all__ = ["Stepper"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sknode.ode.integrate import StepRecord
 from sknode.ode.runge_kutta import StageTimes, combine, taped_outputs, taped_stages
 from sknode.ode.tableaus import Tableau
+from sknode.ode.trace import StepRecord
 
 __all__ = ["Tape"]
 

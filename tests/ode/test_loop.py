@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from sknode.ode import solve_ode
-from sknode.ode.integrate import Grid, Stops, integrate
+from sknode.ode.grid import Grid, Stops
+from sknode.ode.integrate import integrate
 from sknode.ode.solve import _make_options
 from sknode.ode.vector_field import bind
 

@@ -26,8 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sknode.ode.integrate import Options, Trace
+from sknode.ode.options import Options
 from sknode.ode.tableaus import Tableau
+from sknode.ode.trace import Trace
 from sknode.ode.vector_field import BoundField, DensityNetwork, Perceptron
 
 why_not = "they were not built, for want of a compiler"

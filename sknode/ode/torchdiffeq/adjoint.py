@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sknode.ode.integrate import Stops
+from sknode.ode.grid import Stops
 from sknode.ode.once_differentiable import once_differentiable
 from sknode.ode.torchdiffeq.event import integrate_until
 from sknode.ode.torchdiffeq.fixed_grid import grid_times

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from sknode.ode.control import real_dtype
-from sknode.ode.integrate import Grid, Options, StepRecord, Trace, to_device
+from sknode.ode.grid import Grid
+from sknode.ode.lanes import to_device
 from sknode.ode.methods import Method
+from sknode.ode.options import Options
 from sknode.ode.runge_kutta import (
     ExplicitStepper,
     StageBuffer,
@@ -21,6 +23,7 @@ from sknode.ode.runge_kutta import (
 from sknode.ode.solution import Status
 from sknode.ode.tableaus import Tableau
 from sknode.ode.torchdiffeq.problem import Problem, invalid
+from sknode.ode.trace import StepRecord, Trace
 
 __all__ = ["UNLIMITED", "grid_times", "interpolate", "on_grid", "walk"]
 

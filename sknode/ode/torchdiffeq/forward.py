@@ -11,7 +11,8 @@ from torch import Tensor
 
 from sknode.ode.control import StepController, just_inside
 from sknode.ode.gradients import TAPE_NUMBERS
-from sknode.ode.integrate import Stops, Watch
+from sknode.ode.grid import Stops
+from sknode.ode.options import Watch
 from sknode.ode.solution import Solution, Status
 from sknode.ode.solve import solve
 from sknode.ode.torchdiffeq import scipy_solver
