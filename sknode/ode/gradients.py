@@ -31,6 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -41,7 +42,12 @@ from sknode.ode.grid import Grid, Stops
 from sknode.ode.integrate import integrate
 from sknode.ode.once_differentiable import once_differentiable
 from sknode.ode.options import Options
-from sknode.ode.runge_kutta import StageBuffer, StageTimes, powers
+from sknode.ode.runge_kutta import (
+    StageBuffer,
+    StageTimes,
+    outputs_cotangents,
+    powers,
+)
 from sknode.ode.tape import Tape
 from sknode.ode.trace import StepRecord, Trace
 from sknode.ode.vector_field import BoundField
@@ -67,14 +73,16 @@ class Run:
     k0: Tensor | None = None
     trace: Trace | None = None
 
-    def forward(self, y0: Tensor, record: bool) -> Tensor:
-        """Integrate without gradients."""
+    def forward(self, y0: Tensor, record: bool, tape: bool = False) -> Tensor:
+        """Integrate without gradients; keep steps, and what autograd needs for them."""
         if self.fused:
             self.trace = kernels.solve(
                 self.field.network, y0, self.times, self.options, record
             )
         else:
-            loop = self.options.loop or integrate
+            first = self.field.take_first() if self.field.probed else None
+            first = first if tape else None
+            loop = self.options.loop or partial(integrate, first=first)
             with torch.no_grad():
                 self.field.prepare()
                 grid = Grid.from_times(self.times, self.stops)
@@ -115,7 +123,7 @@ def dot(cotangent: Tensor, value: Tensor) -> Tensor:
 class _DiscreteAdjoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx, run, y0, times, *parameters):
-        y = run.forward(y0, record=True)
+        y = run.forward(y0, record=True, tape=not ctx.needs_input_grad[2])
         ctx.run = run
         # saved although unused, so that torch notices changes made in between
         ctx.save_for_backward(times, *parameters)
@@ -166,10 +174,11 @@ class _Sweep:
         if self.trace.n_padded > n_lanes:
             extra = self.trace.n_padded - n_lanes
             lam = torch.cat([lam, lam.new_zeros(extra, lam.shape[1])])
-        for records in self._groups():
-            rows = records[0].rows
-            moved = self._back(records, lam if rows is None else lam[rows])
-            lam = moved if rows is None else lam.index_copy(0, rows, moved)
+        records, tape = self.trace.records, self.trace.tape
+        n_taped = 0 if tape is None else tape.n_records
+        lam = self._over(records[n_taped:], lam)
+        if n_taped:
+            lam = self._over_tape(records[:n_taped], lam)
         if self.grad.shape[1] == 2 and self.trace.moving.all():
             lam = lam[:n_lanes] + self.grad[:, 0]
         else:
@@ -177,9 +186,31 @@ class _Sweep:
             lam = lam[:n_lanes] + torch.einsum("ltn,lt->ln", self.grad, at_start)
         return lam, self._times_gradient(n_lanes)
 
-    def _groups(self) -> Iterator[list[StepRecord]]:
+    def _over(self, records: list[StepRecord], lam: Tensor) -> Tensor:
+        """Return the cotangent of all lanes before some steps from that after them."""
+        for some in self._groups(records):
+            rows = some[0].rows
+            moved = self._back(some, lam if rows is None else lam[rows])
+            lam = moved if rows is None else lam.index_copy(0, rows, moved)
+        return lam
+
+    def _over_tape(self, records: list[StepRecord], lam: Tensor) -> Tensor:
+        """Return the same for the steps on a tape."""
+        cotangents = []
+        for record in records:
+            cotangents.append(None)
+            if record.outputs is not None:
+                lanes, columns, _ = record.outputs
+                cotangents[-1] = self.grad[self._rows(record)[lanes], columns]
+        before = self.trace.tape.reverse(lam, cotangents)
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            self.trace.tape = None  # as torch lets go of what it has saved
+        # recorded steps are without the trials of lanes that did not move
+        return self._over(records, lam) if before is None else before
+
+    def _groups(self, records: list[StepRecord]) -> Iterator[list[StepRecord]]:
         """Yield the steps to go back over together, the last ones first."""
-        for record in reversed(self.trace.records):
+        for record in reversed(records):
             yield [record]
 
     def _back(self, records: list[StepRecord], lam: Tensor) -> Tensor:
@@ -254,8 +285,8 @@ class _RungeKuttaSweep(_Sweep):
     def parameter_gradients(self):
         return self.field.parameter_gradients()
 
-    def _groups(self):
-        records, most = self.trace.records, 1
+    def _groups(self, records):
+        most = 1
         if self.field.probed and records:
             # torch reverses such fields: the fewer calls the better, as long as the
             # states of some steps take no memory to speak of
@@ -305,9 +336,9 @@ class _RungeKuttaSweep(_Sweep):
         if record.outputs is not None:
             n = self.tableau.n_stages_extended
             backward = coefficients.backward_extended
-            outputs = self._outputs_cotangent(record)  # (degree + 1, m, n)
-            weighted = coefficients.dense @ outputs[1:].flatten(1)
-            weighted = weighted.view(n, *y.shape)
+            lanes, columns, theta = record.outputs
+            g = self.grad[self._rows(record)[lanes], columns]
+            start, weighted = outputs_cotangents(coefficients, y, lanes, theta, g)
         k, states, kappa, stack = self._memory(n, y)
         ends = record.t, record.t1
         times = StageTimes(field, self.tableau, *ends, y, self.open_steps)
@@ -340,18 +371,7 @@ class _RungeKuttaSweep(_Sweep):
         if need_times:
             self._reverse_times(record, k.values, by_length, by_start, by_end)
         lam = stack.values.sum(0)
-        return lam if weighted is None else lam.add_(outputs[0])
-
-    def _outputs_cotangent(self, record: StepRecord) -> Tensor:
-        """Gather the cotangents of a step's outputs by the power of theta."""
-        lanes, columns, theta = record.outputs
-        x = powers(theta, self.coefficients.dense.shape[1]).to(self.grad.dtype)
-        g = self.grad[self._rows(record)[lanes], columns]
-        if len(record.y) == 1:
-            return (x.t() @ g)[:, None]
-        total = g.new_zeros(len(record.y), x.shape[1], g.shape[1])
-        total.index_add_(0, lanes, x[:, :, None] * g[:, None, :])
-        return total.transpose(0, 1)
+        return lam if weighted is None else lam.add_(start)
 
     def _reverse_times(self, record, k, by_length, by_start, by_end) -> None:
         """Add what a step contributes to the gradients of the times."""

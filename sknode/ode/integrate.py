@@ -27,7 +27,9 @@ from sknode.ode.lanes import RESOLUTION, Lanes, to_device
 from sknode.ode.options import Options
 from sknode.ode.solution import Status
 from sknode.ode.stepper import Stepper
+from sknode.ode.tape import LiveTape
 from sknode.ode.trace import StepRecord, Trace
+from sknode.ode.vector_field import FirstSlope
 
 __all__ = ["integrate"]
 
@@ -50,6 +52,7 @@ def integrate(
     *,
     k0: Tensor | None = None,
     record: bool = False,
+    first: FirstSlope | None = None,
 ) -> Trace:
     """Integrate all lanes over their intervals.
 
@@ -67,6 +70,9 @@ def integrate(
         The first slope, where it is known already.
     record : bool, default=False
         Keep every accepted step, for gradients.
+    first : FirstSlope, optional
+        The first states and slopes on autograd's tape: then what torch needs to reverse
+        the steps is kept, too, within bounds. Not for gradients by times.
 
     Returns
     -------
@@ -81,6 +87,10 @@ def integrate(
     # a column an output time; none but the first is known yet
     outputs_y = y0[:, None, :].repeat(1, n_times, 1)
     stepper.start(lanes)
+    live = None
+    if first is not None and LiveTape.suits(options, grid):
+        live = LiveTape(field, options.tableau, first, lanes.y, lanes.k)
+        stepper.tape = live
     n_running, attempt = np.count_nonzero(lanes.running), 0
     even = options.step_size is None and stepper.even_steps
     while n_running:
@@ -205,6 +215,9 @@ def integrate(
         stepper=stepper,
     )
     trace.n_evaluations = stepper.evaluations(trace)
+    if live is not None:
+        live.close()
+        trace.tape, stepper.tape = live, None
     return trace
 
 

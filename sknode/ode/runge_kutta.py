@@ -6,6 +6,8 @@ then one fused multiply-add over the flattened lanes, and so are error and dense
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,12 +16,16 @@ from sknode.ode.control import just_inside, real_dtype
 from sknode.ode.stepper import Stepper
 from sknode.ode.tableaus import Tableau, TableauTensors
 
+if TYPE_CHECKING:
+    from sknode.ode.tape import LiveTape
+
 __all__ = [
     "ExplicitStepper",
     "StageBuffer",
     "StageTimes",
     "combine",
     "dense_values",
+    "outputs_cotangents",
     "powers",
     "taped_outputs",
     "taped_stages",
@@ -33,6 +39,7 @@ class ExplicitStepper(Stepper):
         super().__init__(field, options)
         self.tableau: Tableau = options.tableau
         self.error_order = self.tableau.error_order
+        self.tape: LiveTape | None = None
         self._buffer: StageBuffer | None = None
 
     def attempt(self, t, t1, h, y, k):
@@ -51,6 +58,8 @@ class ExplicitStepper(Stepper):
         a, last = tableau.tensors(y.dtype, y.device).a, tableau.n_stages - 1
         rows, flat = buffer.rows, y.view(-1)
         torch.mul(k1, h, out=rows[0])
+        if self._taping:
+            return self.tape.step(times, h, flat, buffer)
         for i in range(1, last):
             slope = self.field.evaluate(times[i], buffer.combine(flat, i, a[i]))
             torch.mul(slope, h, out=rows[i])
@@ -65,7 +74,21 @@ class ExplicitStepper(Stepper):
         weights = self.tableau.tensors(y.dtype, y.device).error
         return [torch.mv(columns, w).view_as(y) for w in weights]
 
+    @property
+    def _taping(self) -> bool:
+        return self.tape is not None and self.tape.running
+
+    def accept(self, moved):
+        if self._taping:
+            self.tape.accept(moved)
+
+    def select(self, index):
+        if self._taping:
+            self.tape.select(index)
+
     def dense(self, lanes, theta):
+        if self._taping:
+            self.tape.look(lanes, theta)
         if self._extended is None:
             self._extended = self._extend()
         return dense_values(self.tableau, self._y, self._extended, lanes, theta)
@@ -271,3 +294,35 @@ def taped_outputs(
     x = torch.stack([theta ** (i + 1) for i in range(degree)], 1)
     weights = x.to(y.dtype) @ coefficients.dense.t()
     return y[lanes] + torch.einsum("ms,smn->mn", weights, torch.stack(k)[:, lanes])
+
+
+def outputs_cotangents(
+    coefficients: TableauTensors, like: Tensor, lanes: Tensor, theta: Tensor, g: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the cotangents of a step's start and of its scaled slopes.
+
+    Parameters
+    ----------
+    coefficients : TableauTensors
+        The method.
+    like : Tensor of shape (lanes, n)
+        States at the start.
+    lanes, theta : Tensor of shape (m,)
+        Which lane, and where in its step.
+    g : Tensor of shape (m, n)
+        Cotangents of the states there.
+
+    Returns
+    -------
+    start : Tensor of shape (lanes, n)
+    slopes : Tensor of shape (stages, lanes, n)
+    """
+    x = powers(theta, coefficients.dense.shape[1]).to(g.dtype)
+    if len(like) == 1:
+        moments = (x.t() @ g)[:, None]
+    else:
+        moments = g.new_zeros(len(like), x.shape[1], g.shape[1])
+        moments.index_add_(0, lanes, x[:, :, None] * g[:, None, :])
+        moments = moments.transpose(0, 1)
+    slopes = coefficients.dense @ moments[1:].flatten(1)
+    return moments[0], slopes.view(-1, *like.shape)

@@ -87,7 +87,9 @@ def solve_ode(
         "shared" treats the whole batch as one system, with one step size; for fields
         that couple the samples.
     gradient : {"discrete", "continuous", "backprop"}, default="discrete"
-        "discrete": the exact reverse of the steps taken, keeping the state of each.
+        "discrete": the exact reverse of the steps taken, keeping the state of each; of
+        fields without a closed form also, up to 256 MB, what torch needs to reverse
+        them.
         "continuous": the adjoint equation, solved backwards in time with the same
         settings, keeping the outputs only; as accurate as the tolerance.
         "backprop": torch's autograd through the same steps, keeping everything;

@@ -10,6 +10,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from sknode.ode.stepper import Stepper
+    from sknode.ode.tape import LiveTape
 
 __all__ = ["StepRecord", "Trace"]
 
@@ -68,3 +69,4 @@ class Trace:
     n_jumps: np.ndarray | None = None  # stops at which the slope was computed anew
     stepper: Stepper | None = None
     n_evaluations: np.ndarray | None = None  # after the first slopes
+    tape: LiveTape | None = None  # what torch needs to reverse the first records

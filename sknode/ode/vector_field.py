@@ -17,12 +17,14 @@ from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 __all__ = [
     "AutogradField",
     "BoundField",
     "DensityNetwork",
     "FieldView",
+    "FirstSlope",
     "Perceptron",
     "bind",
     "has_hooks",
@@ -196,6 +198,28 @@ class BoundField(Protocol):
         """Return the accumulated gradients, in the order of ``parameters``."""
 
 
+@dataclass
+class FirstSlope:
+    """A first evaluation on autograd's tape.
+
+    Attributes
+    ----------
+    y, slope : Tensor
+        States, a leaf, and slopes, in the user's layout.
+    saved : dict of int to int
+        The bytes that autograd keeps for the reverse, by where they are.
+    """
+
+    y: Tensor
+    slope: Tensor
+    saved: dict[int, int]
+
+
+def _place(tensor: Tensor) -> int:
+    """Return where the memory of a tensor is."""
+    return tensor.untyped_storage().data_ptr()
+
+
 class AutogradField:
     """Any callable ``f(t, y)``, reversed by torch's autograd.
 
@@ -223,6 +247,7 @@ class AutogradField:
         self.f, self.row_wise = f, row_wise
         self.jacobian = jacobian or self._jacobian
         self._batched = True
+        self._first: FirstSlope | None = None
         self.parameters: tuple[Tensor, ...] = ()
         self._stages: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._gradients: list[Tensor | None] = []
@@ -236,13 +261,42 @@ class AutogradField:
         Beside a module's parameters these are the tensors that a function has captured;
         missing them would silently lose their gradient.
         """
-        with torch.enable_grad():
-            value = self.evaluate(t.detach(), y.detach())
+        value = self._evaluate_first(t.detach(), y.detach())
         found = {id(p): p for p in _leaves(value)}
+        if self._first is not None:
+            found.pop(id(self._first.y), None)
         if isinstance(self.f, torch.nn.Module):
             found |= {id(p): p for p in self.f.parameters() if p.requires_grad}
         self.parameters = tuple(found.values())
+        if self._first is not None:
+            for p in self.parameters:  # they are there anyway
+                self._first.saved.pop(_place(p), None)
         return value.detach()
+
+    def _evaluate_first(self, t: Tensor, y: Tensor) -> Tensor:
+        """Evaluate on autograd's tape; keep what a reverse needs, and its size."""
+        saved = {}
+
+        def count(tensor):
+            saved[_place(tensor)] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        try:
+            leaf = y.clone().requires_grad_()
+            with torch.enable_grad(), saved_tensors_hooks(count, lambda x: x):
+                value = self.evaluate(t, leaf)
+        except RuntimeError:
+            # There are fields in which nothing can be counted (those of torch.func),
+            # and some that write into their states. Any other error comes again.
+            with torch.enable_grad():
+                return self.evaluate(t, y)
+        self._first = FirstSlope(leaf, value, saved)
+        return value
+
+    def take_first(self) -> FirstSlope | None:
+        """Return the evaluation by ``discover``, if it can be reversed; forget it."""
+        first, self._first = self._first, None
+        return first
 
     def evaluate(self, t, y):
         return check_slope(self.f(t, y), y)
@@ -454,6 +508,10 @@ class FieldView:
         value = self.field.discover(*self._inputs(t, y)).reshape(y.shape)
         self.parameters = self.field.parameters
         return value
+
+    def take_first(self):
+        """Return the evaluation by ``discover``, if it can be reversed; forget it."""
+        return self.field.take_first()
 
     def linearize(self, stage, t, y):
         """Return the slopes and remember the stage."""
