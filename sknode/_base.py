@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import threading
 import warnings
 from numbers import Integral, Real
 
@@ -35,6 +37,19 @@ __all__ = [
 DOC_PAGE = (
     "https://sknode.readthedocs.io/en/stable/generated/sknode.{estimator_name}.html"
 )
+
+# Held while torch's random state, of which a process has one, is another for a moment.
+_random_state_lock = threading.RLock()
+
+
+def _renew_lock():
+    global _random_state_lock
+    _random_state_lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    # the thread that held it may not be there in the child
+    os.register_at_fork(after_in_child=_renew_lock)
 
 SHARED_CONSTRAINTS = {
     "hidden_layer_sizes": ["array-like", Interval(Integral, 1, None, closed="left")],
@@ -172,7 +187,7 @@ class BaseODEEstimator(CallbackSupportMixin, BaseEstimator):
         The start is then the same on every device, and torch's global random state is
         left alone.
         """
-        with torch.random.fork_rng(devices=[]):
+        with _random_state_lock, torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             module = self._make_module(**config)
         return module.to(device=device, dtype=dtype)

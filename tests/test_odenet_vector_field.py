@@ -2,7 +2,9 @@
 
 import copy
 import pickle
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import joblib
 import numpy as np
@@ -256,6 +258,23 @@ def test_the_global_random_state_of_torch_is_left_alone(moons):
     clf = ODENetClassifier(vector_field=Damped, **SHORT).fit(*moons)
     copy.deepcopy(clf).predict(moons[0])
     assert torch.rand(1) == expected
+
+
+def make_slowly(shape):
+    time.sleep(0.01)
+    return Damped(shape)
+
+
+def test_threads_do_not_share_their_random_numbers(moons):
+    def fit(seed):
+        clf = ODENetClassifier(vector_field=make_slowly, max_iter=1, random_state=seed)
+        return clf.fit(*moons).predict_proba(moons[0])
+
+    expected, before = [fit(seed) for seed in range(4)], torch.get_rng_state()
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(fit, range(4)))
+    np.testing.assert_array_equal(results, expected)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("factory", [Timed, make_wide, make_decay])
