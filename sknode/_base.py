@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import threading
 import warnings
@@ -28,6 +29,7 @@ from sknode.ode.methods import get_method
 __all__ = [
     "SHARED_CONSTRAINTS",
     "BaseODEEstimator",
+    "all_or_nothing",
     "as_sizes",
     "padded_blocks",
     "warn_of_failures",
@@ -50,6 +52,9 @@ def _renew_lock():
 if hasattr(os, "register_at_fork"):
     # the thread that held it may not be there in the child
     os.register_at_fork(after_in_child=_renew_lock)
+
+# What scikit-learn removes itself after a fit, also after one that failed.
+TORN_DOWN = {"_callback_fit_ctx", "_skl_callbacks_to_teardown"}
 
 SHARED_CONSTRAINTS = {
     "hidden_layer_sizes": ["array-like", Interval(Integral, 1, None, closed="left")],
@@ -233,6 +238,26 @@ class BaseODEEstimator(CallbackSupportMixin, BaseEstimator):
                 {k: torch.from_numpy(np.array(v)) for k, v in weights.items()}
             )
             self.module_ = module.eval()
+
+
+def all_or_nothing(fit):
+    """Let a method that fits leave the estimator as it was where it raises an error.
+
+    Half of a fit and half of an earlier one would predict nonsense.
+    """
+
+    @functools.wraps(fit)
+    def whole_fit(self, *args, **kwargs):
+        before = dict(vars(self))
+        try:
+            return fit(self, *args, **kwargs)
+        except BaseException:
+            for name in set(vars(self)) - set(before) - TORN_DOWN:
+                delattr(self, name)
+            vars(self).update(before)
+            raise
+
+    return whole_fit
 
 
 def as_sizes(sizes, name):

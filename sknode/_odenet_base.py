@@ -18,6 +18,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 from sknode._base import (
     SHARED_CONSTRAINTS,
     BaseODEEstimator,
+    all_or_nothing,
     padded_blocks,
     warn_of_failures,
 )
@@ -122,6 +123,7 @@ class BaseODENet(BaseODEEstimator):
 
     # --- fitting ----------------------------------------------------------------------
 
+    @all_or_nothing
     def _fit(self, X, y, sample_weight, X_val, y_val, sample_weight_val):
         """Fit from scratch, or go on with ``warm_start``."""
         going_on = self.warm_start and hasattr(self, "module_")
@@ -146,6 +148,7 @@ class BaseODENet(BaseODEEstimator):
         """Return a seed for going on: other batches than in the epochs before."""
         return (seed + self._n_epochs) % (2**31 - 1)
 
+    @all_or_nothing
     def _partial_fit(self, X, y, sample_weight, classes=None):
         """Go over the data once."""
         if self.early_stopping:
@@ -373,8 +376,6 @@ class BaseODENet(BaseODEEstimator):
         except Exception:
             # no predictions by weights that diverged, and no warm start from them
             module.eval().load_state_dict(before)
-            if not self._n_epochs:
-                del self.module_
             raise
         module.eval()
         self._optimizer_state = optimizer.state_dict()

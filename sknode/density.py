@@ -27,6 +27,7 @@ from sklearn.utils.validation import (
 from sknode._base import (
     SHARED_CONSTRAINTS,
     BaseODEEstimator,
+    all_or_nothing,
     padded_blocks,
     warn_of_failures,
 )
@@ -394,6 +395,7 @@ class CNFDensity(
     # --- fitting ----------------------------------------------------------------------
 
     @_fit_context(prefer_skip_nested_validation=True)
+    @all_or_nothing
     def fit(self, X, y=None, sample_weight=None):
         """Fit the flow to rows.
 
@@ -635,6 +637,7 @@ class CNFDensity(
         self._n_features_out = self.n_features_in_
 
     @_fit_context(prefer_skip_nested_validation=True)
+    @all_or_nothing
     def fit_target(self, log_density, n_features):
         """Fit the flow to an unnormalised density instead of rows.
 

@@ -291,6 +291,17 @@ def test_warm_start_refuses_other_networks(moons, change):
         density.fit(moons)
 
 
+def test_a_refit_that_fails_leaves_the_model_as_it_was(moons):
+    X = moons[:100]
+    density = CNFDensity(random_state=0).fit(X)
+    before = dict(vars(density))
+    with pytest.raises(ValueError, match="constant columns"):
+        density.fit(X * [1, 0])
+    with pytest.raises(ValueError, match="log_density"):
+        density.fit_target(lambda x: x.sum(1) * torch.nan, 3)
+    assert vars(density) == before
+
+
 def test_single_precision_gives_single_precision(moons):
     density = CNFDensity(**SHORT, early_stopping=False)
     double = copy.deepcopy(density).fit(moons).score_samples(moons)

@@ -533,6 +533,27 @@ def test_running_out_of_steps_in_fit_names_the_setting(moons):
     assert search.best_params_ == {"max_steps": 1000}
 
 
+def test_a_refit_that_fails_leaves_the_model_as_it_was(moons):
+    X, y = moons
+    clf = ODENetClassifier(**SHORT).fit(X, y)
+    expected = clf.predict(X)
+    with pytest.raises(ValueError, match="only one class"):
+        clf.fit(np.hstack([X, X]), np.zeros(len(X)))
+    np.testing.assert_array_equal(clf.predict(X), expected)
+    clf.set_params(hidden_layer_sizes=())
+    with pytest.raises(ValueError, match="hidden_layer_sizes"):
+        clf.fit(X, np.array(["a", "b"])[y])
+    np.testing.assert_array_equal(clf.predict(X), expected)
+
+
+def test_a_first_fit_that_fails_leaves_nothing(moons):
+    clf = ODENetClassifier(hidden_layer_sizes=())
+    parameters = clf.get_params()
+    with pytest.raises(ValueError, match="hidden_layer_sizes"):
+        clf.fit(*moons)
+    assert vars(clf) == parameters
+
+
 def test_running_out_of_steps_in_predict_warns(fitted, moons):
     X, _ = moons
     clf = copy.deepcopy(fitted)

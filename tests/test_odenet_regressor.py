@@ -438,6 +438,24 @@ def test_a_continuation_that_fails_leaves_the_model_as_it_was(sine):
     assert np.isfinite(reg.predict(X)).all()
 
 
+@pytest.mark.parametrize("bad", ["layers", "rate", "shape"])
+def test_a_refit_that_fails_leaves_the_model_as_it_was(sine, bad):
+    X, y = sine
+    reg = ODENetRegressor(**SHORT).fit(X, y)
+    expected, before = reg.predict(X), dict(vars(reg))
+    if bad == "layers":
+        reg.set_params(hidden_layer_sizes=())
+    elif bad == "rate":
+        reg.set_params(learning_rate_init=1e3)
+    else:
+        reg.set_params(image_shape=(1, 2, 2))
+    with pytest.raises(ValueError, match=r"hidden_layer|learning_rate|image_shape"):
+        reg.fit(np.hstack([X, X]), 1e6 * y)
+    reg.set_params(**{k: before[k] for k in reg.get_params()})
+    assert vars(reg) == before
+    np.testing.assert_array_equal(reg.predict(X), expected)
+
+
 def test_warnings_point_to_the_line_of_the_user(sine, fitted):
     X, y = sine
     hurried = copy.deepcopy(fitted).set_params(max_steps=1, rtol=1e-9, atol=1e-9)
