@@ -257,6 +257,8 @@ class FlowTrainer:
                 on_epoch=lambda _: self.on_epoch is not None and self.on_epoch(current),
             )
         except KeyboardInterrupt:
+            if not (self.history.loss or current.loss):
+                raise  # nothing was learned yet
             warnings.warn(
                 "Training interrupted by user.", stacklevel=stacklevel_of_caller()
             )

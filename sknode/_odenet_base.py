@@ -368,15 +368,16 @@ class BaseODENet(BaseODEEstimator):
                 validate=validate,
                 on_epoch=self._epoch_callback(context, history, X, y),
             )
-        except KeyboardInterrupt:
+        except BaseException as error:
+            if not (isinstance(error, KeyboardInterrupt) and history.loss):
+                # no predictions by weights that diverged or that have seen a part of
+                # the rows only, and no warm start from them
+                module.eval().load_state_dict(before)
+                raise
             warnings.warn(
                 "Training interrupted by user.", stacklevel=stacklevel_of_caller()
             )
             n_iter = len(history.loss)
-        except Exception:
-            # no predictions by weights that diverged, and no warm start from them
-            module.eval().load_state_dict(before)
-            raise
         module.eval()
         self._optimizer_state = optimizer.state_dict()
         self._finish(history, n_iter, validation is not None, keep_history)

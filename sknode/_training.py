@@ -184,23 +184,56 @@ def train(
         Continued.
     validate : callable, optional
         Returns a score of the module as it is, larger is better. With it, training
-        ends when the score no longer improves and the best weights are restored;
-        without, when the loss no longer does. Either way, and also before
-        ``max_iter``, it ends with epochs in which the learning rate falls to zero:
-        they take the noise of the minibatches out of the weights.
+        ends when the score no longer improves and the best weights are restored, also
+        after an interruption; without, when the loss no longer does. Either way, and
+        also before ``max_iter``, it ends with epochs in which the learning rate falls
+        to zero: they take the noise of the minibatches out of the weights.
     average : Average, optional
         Follows the weights. It is then its module that ``validate`` looks at, and the
         best average is what the trained module gets.
     on_epoch : callable
         Called with the epoch; returns True to stop.
     """
+    penalize(optimizer, recipe.alpha / (recipe.total_weight or float(weight.sum())))
+    followed = module if average is None else average.module
+    best: list[Tensor] = []
+    arguments = data, weight, objective, optimizer, recipe, generator, history
+    try:
+        n_epochs = _run_epochs(
+            module, *arguments, validate, average, on_epoch, followed, best
+        )
+    finally:
+        # an interruption is an end, too
+        if average is not None and not best:
+            best = list(followed.parameters())
+        if best:
+            restore((module,), best)
+    if n_epochs == recipe.max_iter and recipe.warns:
+        warn_unless_converged(recipe.name, recipe.max_iter, history)
+    return n_epochs
+
+
+def _run_epochs(
+    module,
+    data,
+    weight,
+    objective,
+    optimizer,
+    recipe,
+    generator,
+    history,
+    validate,
+    average,
+    on_epoch,
+    followed,
+    best,
+) -> int:
+    """Do the work of `train`; put the best weights of ``followed`` into a list."""
     n, device = len(weight), weight.device
     n_rows = min(n, recipe.epoch_rows or n)  # of an epoch
     n_batches = math.ceil(n_rows / recipe.batch_size)
     parameters = [p for p in module.parameters() if p.requires_grad]
-    penalize(optimizer, recipe.alpha / (recipe.total_weight or float(weight.sum())))
-    best, clip, level = None, Clip(recipe.gradient_bound), 1.0
-    followed = module if average is None else average.module
+    clip, level = Clip(recipe.gradient_bound), 1.0
     for epoch in range(recipe.max_iter):
         started = time.perf_counter()
         # A single batch stays in order: a weight of 2 is then the same as a row twice.
@@ -230,18 +263,21 @@ def train(
             loss_sum, share_sum = loss_sum + loss.detach(), share_sum + share.sum()
             nfe_sum = nfe_sum + nfe.sum()
 
-        history.loss.append(float(loss_sum / share_sum))
-        history.nfe.append(float(nfe_sum) / n_rows)
-        if not np.isfinite(history.loss[-1]):
+        loss = float(loss_sum / share_sum)
+        if not np.isfinite(loss):
             raise ValueError(
                 f"{recipe.name}: the training loss is not finite in epoch "
-                f"{len(history.loss)}. Lower learning_rate_init, raise alpha, or look "
-                "for extreme values in X."
+                f"{len(history.loss) + 1}. Lower learning_rate_init, raise alpha, or "
+                "look for extreme values in X."
             )
-        if validate is not None:
-            history.validation.append(validate())
-            if history.validation[-1] >= max(history.validation):
-                best = [p.detach().clone() for p in followed.parameters()]
+        score = None if validate is None else validate()
+        # from here on the epoch counts, as a whole
+        history.loss.append(loss)
+        history.nfe.append(float(nfe_sum) / n_rows)
+        if score is not None:
+            history.validation.append(score)
+            if score >= max(history.validation):
+                best[:] = [p.detach().clone() for p in followed.parameters()]
         history.seconds.append(time.perf_counter() - started)
         report(recipe, history)
         if on_epoch(epoch) or has_finished(recipe, history, validate is not None):
@@ -252,12 +288,6 @@ def train(
         rate = recipe.learning_rate * level * (1 - share) / 2**history.setbacks
         for group in optimizer.param_groups:
             group["lr"] = rate
-    if epoch + 1 == recipe.max_iter and recipe.warns:
-        warn_unless_converged(recipe.name, recipe.max_iter, history)
-    if best is None and average is not None:
-        best = list(followed.parameters())
-    if best is not None:
-        restore((module,), best)
     return epoch + 1
 
 

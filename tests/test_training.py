@@ -1,5 +1,6 @@
 """The training loop and its optimizers."""
 
+import itertools
 import math
 import pickle
 import warnings
@@ -9,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import make_moons
-from sklearn.exceptions import ConvergenceWarning
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from torch import nn
 
-from sknode import ODENetClassifier, _training
-from sknode._optimizers import make_optimizer
+from sknode import CNFDensity, ODENetClassifier, _training
+from sknode._optimizers import _Optimizer, make_optimizer
 from sknode._training import (
     Average,
     History,
@@ -192,3 +193,68 @@ def test_training_goes_on_from_earlier_weights_after_solves_that_failed(most):
         # 8 updates before the first one, 2 until the second
         assert rates == [0.01] * 8 + [0.005] * 2 + [0.0025] * 2
         assert all(map(torch.equal, network.parameters(), kept[1]))
+
+
+def interrupt_at(monkeypatch, n_steps):
+    """Let the user press Ctrl-C within a later step of an optimizer."""
+    steps, step = itertools.count(1), _Optimizer.step
+
+    def interrupted(self):
+        if next(steps) == n_steps:
+            raise KeyboardInterrupt
+        step(self)
+
+    monkeypatch.setattr(_Optimizer, "step", interrupted)
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_an_interruption_leaves_the_best_weights(monkeypatch, averaged):
+    network, scores, seen = make_network(), iter([1.0, 3.0, 2.0]), []
+    average = Average(network, 0.9) if averaged else None
+    followed = average.module if averaged else network
+    recipe = replace(RECIPE, optimizer="adam")
+
+    def validate():
+        seen.append([p.detach().clone() for p in followed.parameters()])
+        return next(scores)
+
+    interrupt_at(monkeypatch, 17)  # the second step of the fourth epoch
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, network=network, validate=validate, average=average)
+    assert len(seen) == 3
+    for p, expected in zip(network.parameters(), seen[1], strict=True):
+        assert torch.equal(p, expected)
+
+
+@pytest.mark.parametrize("early_stopping", [False, True])
+def test_an_interruption_of_the_first_epoch_comes_through(monkeypatch, early_stopping):
+    X, y = make_moons(100, random_state=0)
+    clf = ODENetClassifier(early_stopping=early_stopping, random_state=0)
+    interrupt_at(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        clf.fit(X, y)
+    with pytest.raises(NotFittedError):
+        clf.predict(X)
+
+
+def test_an_interruption_later_on_keeps_what_was_learned(monkeypatch):
+    X, y = make_moons(100, random_state=0)
+    clf = ODENetClassifier(early_stopping=True, max_iter=9, random_state=0)
+    interrupt_at(monkeypatch, 11)
+    with pytest.warns(UserWarning, match="interrupted"):
+        clf.fit(X, y)
+    assert clf.n_iter_ == len(clf.validation_scores_) == len(clf.loss_curve_) == 3
+    clf.predict(X)
+
+
+@pytest.mark.parametrize("early_stopping", [False, True])
+def test_an_interruption_of_the_first_epoch_of_a_flow(monkeypatch, early_stopping):
+    X = np.random.default_rng(0).normal(size=(250, 2))
+    density = CNFDensity(
+        early_stopping=early_stopping, n_components=1, marginals=False, random_state=0
+    )
+    interrupt_at(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        density.fit(X)
+    with pytest.raises(NotFittedError):
+        density.score(X)
