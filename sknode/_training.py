@@ -199,9 +199,10 @@ def train(
     best: list[Tensor] = []
     arguments = data, weight, objective, optimizer, recipe, generator, history
     try:
-        n_epochs = _run_epochs(
-            module, *arguments, validate, average, on_epoch, followed, best
-        )
+        with torch.enable_grad():  # whatever the caller has switched off
+            n_epochs = _run_epochs(
+                module, *arguments, validate, average, on_epoch, followed, best
+            )
     finally:
         # an interruption is an end, too
         if average is not None and not best:

@@ -258,3 +258,14 @@ def test_an_interruption_of_the_first_epoch_of_a_flow(monkeypatch, early_stoppin
         density.fit(X)
     with pytest.raises(NotFittedError):
         density.score(X)
+
+
+def test_training_needs_no_gradients_of_the_caller():
+    X, y = make_moons(100, random_state=0)
+    clf = ODENetClassifier(max_iter=2, random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        expected = clf.fit(X, y).predict_proba(X)
+        with torch.no_grad():
+            clf.fit(X, y)
+    np.testing.assert_array_equal(clf.predict_proba(X), expected)
