@@ -74,7 +74,7 @@ class BaseODENet(BaseODEEstimator):
 
     # --- for the subclasses: what targets are -----------------------------------------
 
-    def _check_targets(self, X, y, sample_weight, classes=None):
+    def _check_targets(self, X, y, sample_weight, going_on, classes=None):
         """Return targets and the weight of every row."""
         raise NotImplementedError
 
@@ -128,7 +128,7 @@ class BaseODENet(BaseODEEstimator):
         """Fit from scratch, or go on with ``warm_start``."""
         going_on = self.warm_start and hasattr(self, "module_")
         X, y = self._validate(X, y, reset=not going_on, **self._y_checks)
-        y, weight = self._check_targets(X, y, sample_weight)
+        y, weight = self._check_targets(X, y, sample_weight, going_on)
         kept = weight > 0
         X, y, weight = X[kept], y[kept], weight[kept]
         self._see_targets(y, going_on)
@@ -155,7 +155,7 @@ class BaseODENet(BaseODEEstimator):
             raise ValueError("partial_fit does not support early_stopping=True.")
         first = not hasattr(self, "module_")
         X, y = self._validate(X, y, reset=first, **self._y_checks)
-        y, weight = self._check_targets(X, y, sample_weight, classes)
+        y, weight = self._check_targets(X, y, sample_weight, not first, classes)
         if classes is not None:
             self._see_targets(classes, not first)
         self._see_targets(y, not first or classes is not None)

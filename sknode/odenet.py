@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from sklearn.base import ClassifierMixin, RegressorMixin, _fit_context
 from sklearn.metrics import accuracy_score, r2_score
-from sklearn.utils import compute_class_weight
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import column_or_1d
@@ -63,8 +62,8 @@ class ODENetClassifier(ClassifierMixin, BaseODENet):
         so it has to be importable; ``hidden_layer_sizes`` and ``activation`` do not
         reach it.
     class_weight : dict, "balanced" or None, default=None
-        Weights of the classes. "balanced" is inversely proportional to their
-        frequencies.
+        Weights of the classes, not negative, 1 where there is none. "balanced" is
+        inversely proportional to their frequencies.
     label_smoothing : float, default=0.05
         Share of every label that is spread over all classes. Training then ends at
         finite margins instead of pushing them up for ever, which generalises better;
@@ -399,35 +398,54 @@ class ODENetClassifier(ClassifierMixin, BaseODENet):
         winner = self._outputs(X).argmax(1).numpy()
         return self.classes_[winner]
 
-    def _check_targets(self, X, y, sample_weight, classes=None):
+    def _check_targets(self, X, y, sample_weight, going_on, classes=None):
         """Return labels and the product of sample and class weights."""
         y = column_or_1d(y, warn=True)
         check_classification_targets(y)
         weight = self._check_weights(sample_weight, X)
-        if self.class_weight is not None:
-            present = np.unique(y[weight > 0] if classes is None else classes)
-            factor = self._class_factors(present, y, weight)
-            weight = weight * factor[np.searchsorted(present, y) % len(present)]
+        if self.class_weight is None:
+            return y, weight
+        if self.class_weight == "balanced":
+            known = np.unique(y[weight > 0])
+            factor = self._balanced_factors(known, y, weight)
+        else:
+            # a batch, or a warm start, may lack some classes
+            if classes is None:
+                classes = self.classes_ if going_on else y
+            known = np.unique(classes)
+            factor = self._class_factors(known)
+        weight = weight * factor[np.searchsorted(known, y) % len(known)]
+        if not (weight > 0).any():
+            raise ValueError(
+                "class_weight must leave a sample with positive weight. Got "
+                f"{self.class_weight!r}, which is 0 for all of them."
+            )
         return y, weight
 
-    def _class_factors(self, present, y, weight):
-        """Return the weight of every class."""
-        if self.class_weight == "balanced":
-            # by weight: a weight of 2 counts as a row twice
-            kept = weight > 0
-            totals = np.array([weight[kept & (y == c)].sum() for c in present])
-            return totals.sum() / (len(present) * totals)
-        unknown = set(self.class_weight) - set(present.tolist())
-        if unknown and not set(present.tolist()) & set(self.class_weight):
+    def _balanced_factors(self, known, y, weight):
+        """Return the weight of every class, inversely proportional to what it has."""
+        # by weight: a weight of 2 counts as a row twice
+        kept = weight > 0
+        totals = np.array([weight[kept & (y == c)].sum() for c in known])
+        return totals.sum() / (len(known) * totals)
+
+    def _class_factors(self, known):
+        """Return the weight of every class, 1 where there is none given."""
+        for key, value in self.class_weight.items():
+            if not isinstance(value, Real) or not 0 <= value < np.inf:
+                raise ValueError(
+                    "class_weight must have finite weights that are not negative. Got "
+                    f"{value!r} for class {key!r}."
+                )
+        classes = known.tolist()
+        unknown = [key for key in self.class_weight if key not in classes]
+        # a part of the data may lack classes, but not classes and weights
+        if unknown and not set(classes) <= set(self.class_weight):
             raise ValueError(
-                f"class_weight has keys {sorted(map(str, unknown))} that are no "
-                f"classes; the classes are {present.tolist()}."
+                f"class_weight has keys {unknown} that are no classes; the classes are "
+                f"{classes}."
             )
-        return compute_class_weight(
-            {k: v for k, v in self.class_weight.items() if k not in unknown},
-            classes=present,
-            y=present,
-        )
+        return np.array([float(self.class_weight.get(c, 1.0)) for c in classes])
 
     def _check_known(self, classes, name):
         unknown = np.setdiff1d(classes, self.classes_)
@@ -801,7 +819,7 @@ class ODENetRegressor(RegressorMixin, BaseODENet):
                 "validation_fraction, or pass more rows as X_val."
             )
 
-    def _check_targets(self, X, y, sample_weight, classes=None):
+    def _check_targets(self, X, y, sample_weight, going_on, classes=None):
         return y.astype(np.float64), self._check_weights(sample_weight, X)
 
     def _see_targets(self, y, going_on):

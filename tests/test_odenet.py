@@ -292,6 +292,40 @@ def test_class_weights_are_sample_weights(weights):
     )
 
 
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({0: 1.0, 1: -1.0}, r"not negative.*-1\.0 for class 1"),
+        ({0: 1.0, 1: np.nan}, "class_weight.*finite"),
+        ({0: np.inf}, "class_weight.*finite"),
+        ({0: "2"}, "class_weight.*finite"),
+        ({0: 0.0, 1: 0.0}, "class_weight.*positive"),
+        ({0: 1.0, "1": 50.0}, r"class_weight has keys \['1'\]"),
+    ],
+)
+def test_class_weights_that_are_none_are_refused(moons, weights, message):
+    X, y = moons
+    clf = ODENetClassifier(class_weight=weights, **SHORT)
+    with pytest.raises(ValueError, match=message):
+        clf.fit(X, y)
+    with pytest.raises(ValueError, match=message):
+        clf.partial_fit(X, y, classes=[0, 1])
+
+
+def test_class_weights_may_be_of_classes_that_a_part_lacks(moons):
+    X, y = moons
+    clf = ODENetClassifier(class_weight={0: 1.0, 1: 2.0, 2: 3.0}, **SHORT).fit(X, y)
+    assert clf.classes_.tolist() == [0, 1]
+
+
+def test_class_weights_may_be_of_classes_that_a_batch_lacks(moons):
+    X, y = moons
+    clf = ODENetClassifier(class_weight={0: 5.0}, warm_start=True, max_iter=1)
+    clf.partial_fit(X, y, classes=[0, 1]).partial_fit(X[y == 1], y[y == 1])
+    clf.fit(X[y == 1], y[y == 1])
+    assert clf.classes_.tolist() == [0, 1]
+
+
 # --- stopping, continuing -----------------------------------------------------------
 
 
