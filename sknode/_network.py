@@ -98,17 +98,26 @@ class Network(nn.Module):
         else:
             self.field = make_field(vector_field, self.state_shape)
 
-    def initial_state(self, x: Tensor) -> Tensor:
-        """Return the states at t = 0 of (n, n_features) rows in the units of X."""
+    def initial_state(self, x: Tensor, standardised: bool = False) -> Tensor:
+        """Return the states at t = 0 of (n, n_features) rows: in the units of X, or
+        standardised already, more precisely than the weights allow.
+        """
         raise NotImplementedError
 
-    def flow(self, x: Tensor, solver: SolverSettings, t: Tensor | None = None):
+    def flow(
+        self,
+        x: Tensor,
+        solver: SolverSettings,
+        t: Tensor | None = None,
+        standardised: bool = False,
+    ) -> Solution:
         """Solve for (n, n_features) rows; return the `Solution`."""
-        return solver.solve(
-            self.field, self.initial_state(x), INTERVAL if t is None else t
-        )
+        start = self.initial_state(x, standardised)
+        return solver.solve(self.field, start, INTERVAL if t is None else t)
 
-    def forward(self, x: Tensor, solver: SolverSettings) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, solver: SolverSettings, standardised: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Return outputs (n, n_outputs) and function evaluations (n,).
 
         Raises
@@ -116,18 +125,22 @@ class Network(nn.Module):
         SolverError
             If a sample did not get to t = 1.
         """
-        solution = _check(self.flow(x, solver))
+        solution = _check(self.flow(x, solver, standardised=standardised))
         return self.output_map(solution.y[:, -1]), solution.stats["n_f_evals"]
 
     def forward_with_energy(
-        self, x: Tensor, solver: SolverSettings, probe: Tensor | None
+        self,
+        x: Tensor,
+        solver: SolverSettings,
+        probe: Tensor | None,
+        standardised: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return also what the flow spent, kinetic energy and Jacobian, (n,) each.
 
         See `sknode.fields.EnergyField`.
         """
         field = EnergyField(self.field, self.state_shape, probe)
-        start = field.start(self.initial_state(x))
+        start = field.start(self.initial_state(x, standardised))
         solution = _check(solver.solve(field, start, INTERVAL))
         y, kinetic, jacobian = field.split(solution.y[:, -1])
         return self.output_map(y), solution.stats["n_f_evals"], kinetic, jacobian
@@ -180,9 +193,9 @@ class TabularNetwork(Network):
             self.output_map.weight.zero_()
             self.output_map.bias.zero_()
 
-    def initial_state(self, x: Tensor) -> Tensor:
-        """Return the states at t = 0 of (n, n_features) rows in the units of X."""
-        state = self.input_map((x - self.mean) / self.scale)
+    def initial_state(self, x: Tensor, standardised: bool = False) -> Tensor:
+        """Return the states at t = 0 of (n, n_features) rows."""
+        state = self.input_map(x if standardised else (x - self.mean) / self.scale)
         if self.augment_dim == 0:
             return state  # to pad by nothing would be a copy
         return nn.functional.pad(state, (0, self.augment_dim))
@@ -253,9 +266,11 @@ class ImageNetwork(Network):
             nn.Linear(channels, n_outputs),
         )
 
-    def initial_state(self, x: Tensor) -> Tensor:
-        """Return the states at t = 0 of (n, n_features) rows in the units of X."""
-        images = (x.unflatten(1, self.image_shape) - self.mean) / self.scale
+    def initial_state(self, x: Tensor, standardised: bool = False) -> Tensor:
+        """Return the states at t = 0 of (n, n_features) rows."""
+        images = x.unflatten(1, self.image_shape)
+        if not standardised:
+            images = (images - self.mean) / self.scale
         state = self.input_map(images)
         return nn.functional.pad(state, (0, 0, 0, 0, 0, self.augment_dim))
 

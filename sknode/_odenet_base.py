@@ -238,6 +238,9 @@ class BaseODENet(BaseODEEstimator):
         mean, scale = self._moments(X, weight)
         module.mean.copy_(torch.from_numpy(mean))
         module.scale.copy_(torch.from_numpy(scale))
+        # single precision would lose columns that are far from zero
+        by_hand = dtype == torch.float32 and self.image_shape is None
+        self._standard = (mean, scale) if by_hand else None
         self.module_ = module
         self._optimizer_state = None
         self._n_epochs = 0
@@ -316,6 +319,18 @@ class BaseODENet(BaseODEEstimator):
             return torch.float32
         return super()._dtype(X, device)
 
+    def _is_standardised(self):
+        """Return whether the module gets rows that are standardised already."""
+        # no attribute of pickles from before there was one
+        return getattr(self, "_standard", None) is not None
+
+    def _standardise(self, X):
+        """Return rows as the module gets them, in double precision if standardised."""
+        if not self._is_standardised():
+            return X
+        mean, scale = self._standard
+        return (X - mean) / scale
+
     # --- training ---------------------------------------------------------------------
 
     def _train(
@@ -339,7 +354,7 @@ class BaseODENet(BaseODEEstimator):
             module, recipe.optimizer, recipe.learning_rate, self._optimizer_state
         )
         data = (
-            torch.from_numpy(np.array(X)).to(device, dtype),
+            torch.from_numpy(np.array(self._standardise(X))).to(device, dtype),
             self._encode(y, dtype).to(device),
         )
         generator = torch.Generator().manual_seed(seed)
@@ -394,6 +409,7 @@ class BaseODENet(BaseODEEstimator):
                 shift = min(module.image_shape[1:]) // PIXELS_PER_SHIFT
         kinetic_penalty = float(self.kinetic_penalty)
         jacobian_penalty = float(self.jacobian_penalty)
+        standardised = self._is_standardised()
 
         def prepare(x):
             if not shift:
@@ -402,7 +418,7 @@ class BaseODENet(BaseODEEstimator):
 
         def plain(x, target):
             x = prepare(x)
-            outputs, nfe = module(x, settings)
+            outputs, nfe = module(x, settings, standardised)
             return self._losses(outputs, target), nfe
 
         def penalized(x, target):
@@ -413,7 +429,7 @@ class BaseODENet(BaseODEEstimator):
                 signs = torch.randint(2, module.state_shape, generator=generator)
                 probe = (2 * signs - 1).to(x)
             outputs, nfe, kinetic, jacobian = module.forward_with_energy(
-                x, settings, probe
+                x, settings, probe, standardised
             )
             losses = self._losses(outputs, target) + kinetic_penalty * kinetic
             if jacobian_penalty:
@@ -511,7 +527,7 @@ class BaseODENet(BaseODEEstimator):
         values = np.prod(module.state_shape) * max(1, n_times - 1)
         rows_each = int(min(CHUNK_VALUES // values, CHUNK_ROWS))
         for n, block in padded_blocks(X, rows_each):
-            yield n, torch.from_numpy(block).to(device, dtype)
+            yield n, torch.from_numpy(self._standardise(block)).to(device, dtype)
 
     def _solve(self, X, read, settings=None, t=None):
         """Solve for checked rows and return ``read(module, solution)`` for them."""
@@ -522,7 +538,7 @@ class BaseODENet(BaseODEEstimator):
         n_times = 2 if t is None else len(t)
         with torch.no_grad():
             for n, block in self._chunks(X, module, dtype, n_times):
-                solution = module.flow(block, settings, t)
+                solution = module.flow(block, settings, t, self._is_standardised())
                 if solution.status[:n].any():
                     failures.append(solution.failure_report())
                 results.append(read(module, solution)[:n].cpu())

@@ -803,14 +803,17 @@ class ODENetRegressor(RegressorMixin, BaseODENet):
         Returns
         -------
         ndarray of shape (n_samples,) or (n_samples, n_outputs)
-            Predictions, in the shape that y had in ``fit``.
+            Predictions, in the shape that y had in ``fit``, and in double precision
+            if y or the network was.
         """
         return self._in_units(self._outputs(X))
 
     def _in_units(self, outputs):
         """Return outputs of the network as targets."""
         values = outputs.numpy().reshape(len(outputs), *self.y_mean_.shape)
-        return (values * self.y_scale_ + self.y_mean_).astype(values.dtype)
+        dtype = getattr(self, "_target_dtype", values.dtype)  # not in old pickles
+        dtype = np.result_type(values.dtype, dtype)
+        return (values * self.y_scale_ + self.y_mean_).astype(dtype)
 
     def _check_validation(self, y_val):
         if len(y_val) < 2:
@@ -820,6 +823,9 @@ class ODENetRegressor(RegressorMixin, BaseODENet):
             )
 
     def _check_targets(self, X, y, sample_weight, going_on, classes=None):
+        if not going_on:
+            # single precision would lose targets that are far from zero
+            self._target_dtype = y.dtype.name if y.dtype.kind == "f" else "float32"
         return y.astype(np.float64), self._check_weights(sample_weight, X)
 
     def _see_targets(self, y, going_on):

@@ -91,7 +91,7 @@ def test_a_regressor_reads_a_number_off_images():
     settings = {**GREY, "learning_rate_init": 3e-2, "max_iter": 20}
     reg = ODENetRegressor(**settings, random_state=0).fit(X, Y)
     assert reg.predict(X).shape == (150, 2)
-    assert reg.predict(X).dtype == np.float32
+    assert reg.predict(X).dtype == np.float64  # as the targets
     assert reg.score(X, X.mean(1)[:, None] * [1000, -1]) > 0.8
 
 

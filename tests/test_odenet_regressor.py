@@ -339,8 +339,19 @@ def test_global_random_states_are_left_alone(sine, penalty):
 def test_precision_follows_the_data(sine, dtype, columns):
     X, y = sine
     y = np.broadcast_to(y.reshape(-1, *(1 for _ in columns)), (len(y), *columns))
-    reg = ODENetRegressor(**SHORT).fit(X.astype(dtype), y)
+    reg = ODENetRegressor(**SHORT).fit(X.astype(dtype), y.astype(dtype))
     assert reg.predict(X).dtype == reg.predict(X.astype("float32")).dtype == dtype
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.01])
+def test_single_precision_sees_what_is_far_from_zero(plane, penalty):
+    X, y = plane
+    reg = ODENetRegressor(max_iter=20, random_state=0, kinetic_penalty=penalty)
+    near = reg.set_params(dtype="float32").fit(X, y).predict(X)
+    for copied in (reg.fit(X + 1e9, 1e9 + 10 * y), pickle.loads(pickle.dumps(reg))):
+        far = copied.predict(X + 1e9)
+        assert far.dtype == np.float64
+        np.testing.assert_allclose((far - 1e9) / 10, near, atol=1e-3)
 
 
 def test_a_prediction_has_the_same_bits_in_whatever_company(fitted, sine):
