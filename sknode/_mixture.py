@@ -75,7 +75,7 @@ def fit_mixture(X, weight, n_components, rng, *, start=None, max_iter=100, tol=1
     weight : ndarray of shape (n,)
         Their weights; the sum counts as the number of rows.
     n_components : int
-        Number of components.
+        Number of components, fewer where there are fewer rows.
     rng : RandomState
         Draws the seeds.
     start : GaussianMixtureModel, optional
@@ -212,7 +212,7 @@ def _seed(X, weight, n_components, rng):
     probability = weight / weight.sum()
     centres = X[[rng.choice(len(X), p=probability)]]
     nearest = _squares(X, centres)[:, 0]
-    while len(centres) < n_components:
+    while len(centres) < min(n_components, len(X)):
         mass = np.cumsum(weight * nearest)
         if mass[-1] <= 0:  # fewer different rows than components
             break

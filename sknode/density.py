@@ -120,7 +120,8 @@ class CNFDensity(
     n_components : int or "auto", default="auto"
         Components of the mixture that the flow starts from, with full covariances.
         "auto" tries 1, 2, 4, ... up to 64 on held-out rows; 1 is the Gaussian of
-        maximum likelihood. Of classes it is the number each, fewer for one of few rows.
+        maximum likelihood. There are no more of them than different rows. Of classes it
+        is the number each, fewer for one of few rows.
     marginals : bool or "auto", default="auto"
         Whether every column is first mapped to a normal distribution by itself, which
         helps where columns are skewed or have heavy tails. "auto" tries both on
