@@ -83,6 +83,8 @@ class FlowTrainer:
         Called with the history of a network; returns True to end its training.
     cut_short : bool
         Whether the training of a network that is of use ended for its epochs only.
+    best : float or None
+        Best validation score of the last network that is of use.
     """
 
     make: Callable[[bool, bool], DensityFlow]
@@ -95,6 +97,7 @@ class FlowTrainer:
     history: History
     on_epoch: Callable[[History], bool] | None = None
     cut_short: bool = False
+    best: float | None = None
 
     def fit(self, data, refine, before=None):
         """Train on rows; return the finish and the residual, None where no good.
@@ -271,6 +274,8 @@ class FlowTrainer:
             better = is_better(after, before, held_out[2].cpu().numpy())
         cut_short = len(current.loss) == recipe.max_iter and not current.converged
         self.cut_short |= better and cut_short
+        if better and validate is not None:
+            self.best = max(current.validation, default=current.start)
         return better
 
 

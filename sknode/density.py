@@ -220,9 +220,11 @@ class CNFDensity(
     widths_ : ndarray of shape (`n_features_in_`,)
         Widths of the columns that are dequantized, 0 for others.
     n_iter_ : int
-        Number of epochs; where no network was trained, iterations of the mixture.
+        Number of epochs, also of networks that were left out in the end; where none
+        was trained, iterations of the mixture.
     loss_ : float or None
-        Training loss of the last epoch; None if there was none.
+        Training loss of the last epoch, whether its network was kept or not; None if
+        there was none.
     loss_curve_ : list of float
         Training loss, an entry an epoch: the mean square of what the network misses of
         a velocity, most of which is noise. The epochs of ``refine`` come first; theirs
@@ -231,7 +233,8 @@ class CNFDensity(
         Mean log-density of held-out rows in the units of X, an entry an epoch; None
         without.
     best_validation_score_ : float or None
-        That of the result.
+        That of the result: the best of its last network; where none was kept that of
+        the mixture, before it was fitted to the held-out rows, too.
     nfe_curve_ : list of float
         Mean number of evaluations of the network a row, an entry an epoch.
     module_ : torch.nn.Module
@@ -445,7 +448,7 @@ class CNFDensity(
         n_epochs = (1 + self.refine) * self.max_iter
         context = self._init_callback_context(max_subtasks=n_epochs)
         context.call_on_fit_task_begin(estimator=self, X=X, y=None)
-        finish = residual = None
+        finish = residual = best = None
         if judged or not self.early_stopping:
             on_epoch = self._epoch_callback(context, X)
             mixture_alone = start
@@ -462,6 +465,7 @@ class CNFDensity(
             data = [_to_tensors(device, *(x[r] for x in arrays)) for r in rows]
             before = self.module_ if going_on else None
             finish, residual = trainer.fit(data, self.refine, before)
+            best = trainer.best
             if judged and start is not mixture_alone:
                 held_out = rows[1]
                 logs = trainer.log_density(finish, residual, data[1])
@@ -472,16 +476,20 @@ class CNFDensity(
             # not of networks that are left out
             if trainer.cut_short and (finish is not None or residual is not None):
                 warn_unless_converged(type(self).__name__, self.max_iter, history)
-        if residual is None and finish is None and judged and not going_on:
-            # the rows that were held out have done their work
-            start = start.refit(U, given, weight, seed)
+        if residual is None and finish is None and judged:
+            held_out = rows[1]
+            logs = start.log_density(U[held_out], given.take(held_out))
+            logs += slope[held_out]
+            best = float(np.average(logs, weights=weight[held_out]))
+            if not going_on:  # the rows that were held out have done their work
+                start = start.refit(U, given, weight, seed)
         has = residual is not None, finish is not None
         what = start.mixture, maps.condition, *has
         module = self._make_flow(*what, dtype, device, seed)
         for mine, trained in ((module.finish, finish), (module.residual, residual)):
             if trained is not None:
                 mine.load_state_dict(trained.state_dict())
-        self._keep(module, maps, start, history)
+        self._keep(module, maps, start, history, best)
         # of sorted rows, those from first to last
         some = np.unique(np.linspace(0, len(U) - 1, JUDGED_ROWS).astype(int))
         Z, _ = start.forward(U[some])
@@ -616,7 +624,7 @@ class CNFDensity(
 
         return on_epoch
 
-    def _keep(self, module, maps, start, history):
+    def _keep(self, module, maps, start, history, best=None):
         """Set the fitted attributes."""
         self.module_, self._maps, self._start = module.eval(), maps, start
         self._amplification = {"density": 1.0, "path": 1.0}
@@ -633,8 +641,7 @@ class CNFDensity(
         self.loss_ = history.loss[-1] if history.loss else None
         self.n_iter_ = len(history.loss) or start.mixture.n_iter
         self.validation_scores_ = history.validation or None
-        scores = self.validation_scores_
-        self.best_validation_score_ = max(scores) if scores else None
+        self.best_validation_score_ = best
         self._n_features_out = self.n_features_in_
 
     @_fit_context(prefer_skip_nested_validation=True)

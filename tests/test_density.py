@@ -562,6 +562,9 @@ def test_networks_are_dropped_where_the_mixture_is_better():
     density = CNFDensity(max_iter=2, random_state=0).fit(X)
     assert density.module_.finish is None
     assert density.n_components_ == 8
+    # not that of what was dropped
+    assert density.best_validation_score_ > max(density.validation_scores_)
+    assert density.best_validation_score_ == pytest.approx(density.score(X), abs=0.3)
 
 
 def test_networks_start_from_few_components():
