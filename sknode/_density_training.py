@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -84,7 +85,7 @@ class FlowTrainer:
     cut_short : bool
         Whether the training of a network that is of use ended for its epochs only.
     best : float or None
-        Best validation score of the last network that is of use.
+        Validation score of the flow as it is now, if there is one.
     """
 
     make: Callable[[bool, bool], DensityFlow]
@@ -114,21 +115,24 @@ class FlowTrainer:
             Flow whose networks are trained on.
         """
         finish = residual = None
+        # what was of use before is kept, as it was if it got no better
+        had_finish = before is not None and before.finish is not None
+        had_residual = before is not None and before.residual is not None
         if refine:
             flow = self.make(False, True)
-            if before is not None and before.finish is not None:
+            if had_finish:
                 flow.finish.load_state_dict(before.finish.state_dict())
             elif hasattr(flow.finish.field, "place_units"):
                 rows = data[0][0]
                 flow.finish.field.place_units(rows, UNIT_SLOPE, self.generator)
-            if self._fit_finish(flow, data):
+            if self._fit_finish(flow, data) or had_finish:
                 finish = flow.finish
                 # the residual is trained on the rows as they are at its end
                 data = [_undo_finish(flow, part) for part in data]
         flow = self.make(True, False)
-        if before is not None and before.residual is not None:
+        if had_residual:
             flow.residual.load_state_dict(before.residual.state_dict())
-        if self._fit_residual(flow, data):
+        if self._fit_residual(flow, data) or had_residual:
             residual = flow.residual
         return finish, residual
 
@@ -223,7 +227,8 @@ class FlowTrainer:
     def _run(self, flow, data, loss, decay, part):
         """Train a part of the flow, which gets the best average of its weights.
 
-        Returns whether that is better than it was, as far as held-out rows can tell.
+        Returns whether that is better than it was, as far as held-out rows can tell;
+        it is left as it was if not.
         """
         (rows, conditions, weight, _), held_out = data
         # the loss is a sum over features whose size differs from data to data
@@ -238,6 +243,7 @@ class FlowTrainer:
             warns=False,
         )
         average, validate, current = Average(flow, decay), None, History()
+        untrained = copy.deepcopy(flow.state_dict())
         if len(held_out[0]):
             few = tuple(x[:VALIDATION_ROWS] for x in held_out)
             shares = few[2].cpu().numpy()
@@ -274,8 +280,11 @@ class FlowTrainer:
             better = is_better(after, before, held_out[2].cpu().numpy())
         cut_short = len(current.loss) == recipe.max_iter and not current.converged
         self.cut_short |= better and cut_short
-        if better and validate is not None:
-            self.best = max(current.validation, default=current.start)
+        if not better:
+            flow.load_state_dict(untrained)
+        if validate is not None:
+            scores = current.validation if better else []
+            self.best = max(scores, default=current.start)
         return better
 
 

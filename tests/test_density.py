@@ -281,6 +281,16 @@ def test_warm_start_goes_on(moons):
     assert density.loss_curve_[0] < loss
 
 
+def test_warm_start_keeps_networks_that_get_no_better():
+    X, _ = make_density("checkerboard", 1000, random_state=0)
+    density = CNFDensity(max_iter=15, random_state=0, warm_start=True).fit(X)
+    assert density.module_.finish is not None
+    expected, best = density.score_samples(X), density.best_validation_score_
+    density.set_params(max_iter=1, learning_rate_init=1e-9).fit(X)
+    np.testing.assert_allclose(density.score_samples(X), expected, atol=1e-4)
+    assert density.best_validation_score_ == pytest.approx(best, abs=0.05)
+
+
 @pytest.mark.parametrize(
     "change", [{"hidden_layer_sizes": 8}, {"dynamics": "planar"}, {"activation": "elu"}]
 )
