@@ -31,6 +31,7 @@ __all__ = [
     "BaseODEEstimator",
     "all_or_nothing",
     "as_sizes",
+    "near_one",
     "padded_blocks",
     "warn_of_failures",
 ]
@@ -270,6 +271,16 @@ def as_sizes(sizes, name):
             f"{name} must be one or more positive integers. Got {given!r} instead."
         )
     return tuple(int(s) for s in sizes)
+
+
+def near_one(weight):
+    """Return weights divided by a power of two, so that their largest is from 1 to 2,
+    and its exponent.
+
+    Their sums and squares then stay finite, and their ratios the same to the bit.
+    """
+    exponent = int(np.frexp(weight.max())[1]) - 1
+    return np.ldexp(weight, -exponent), exponent
 
 
 def padded_blocks(rows, rows_each):

@@ -22,7 +22,8 @@ MOST_COPIES = 100_000
 
 def count_repetitions(weight):
     """Return how many rows each row stands for: whole weights are repetitions."""
-    whole = (weight == np.round(weight)).all()
+    # beyond the last one all numbers are whole
+    whole = (weight == np.round(weight)).all() and weight.max() < 2**53
     return weight if whole else np.ones_like(weight)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sknode._base import near_one
 from sknode._density_bounds import Bounds, check_bounds
 from sknode._density_condition import (
     ClassCondition,
@@ -78,6 +79,8 @@ def prepare_rows(X, y, weight, names, seed, parameters, maps=None):
         What was learned about columns and targets.
     """
     eps, X = np.finfo(X.dtype).eps, X.astype(np.float64, copy=False)
+    count = count_repetitions(weight)
+    weight, _ = near_one(weight)
     kept, kind = weight > 0, parameters["conditional"]
     if kind:
         y = check_target(y, len(X))[kept]
@@ -87,7 +90,7 @@ def prepare_rows(X, y, weight, names, seed, parameters, maps=None):
         condition = fit_condition(y, weight[kept], kind) if kind else Unconditional()
     X, weight = X[kept], weight[kept]
     rows = np.hstack([X, condition.encode(y, len(X))])
-    rows, weight, count = merge_rows(rows, weight, count_repetitions(weight))
+    rows, weight, count = merge_rows(rows, weight, count[kept])
     X, C = np.split(rows, [X.shape[1]], axis=1)
 
     def name(mask):

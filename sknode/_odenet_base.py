@@ -19,6 +19,7 @@ from sknode._base import (
     SHARED_CONSTRAINTS,
     BaseODEEstimator,
     all_or_nothing,
+    near_one,
     padded_blocks,
     warn_of_failures,
 )
@@ -129,6 +130,7 @@ class BaseODENet(BaseODEEstimator):
         going_on = self.warm_start and hasattr(self, "module_")
         X, y = self._validate(X, y, reset=not going_on, **self._y_checks)
         y, weight = self._check_targets(X, y, sample_weight, going_on)
+        weight, exponent = near_one(weight)
         kept = weight > 0
         X, y, weight = X[kept], y[kept], weight[kept]
         self._see_targets(y, going_on)
@@ -140,7 +142,7 @@ class BaseODENet(BaseODEEstimator):
             seed = self._next_seed(seed)
         else:
             self._start(X, y, weight, seed)
-        self._weight_seen = weight.sum()
+        self._weight_seen = total_weight(weight, exponent)
         self._train(X, y, weight, validation, self.max_iter, seed, self._weight_seen)
         return self
 
@@ -156,6 +158,7 @@ class BaseODENet(BaseODEEstimator):
         first = not hasattr(self, "module_")
         X, y = self._validate(X, y, reset=first, **self._y_checks)
         y, weight = self._check_targets(X, y, sample_weight, not first, classes)
+        weight, exponent = near_one(weight)
         if classes is not None:
             self._see_targets(classes, not first)
         self._see_targets(y, not first or classes is not None)
@@ -166,7 +169,8 @@ class BaseODENet(BaseODEEstimator):
             self._start(X, y, weight, seed)
         else:
             seed = self._next_seed(seed)
-        self._weight_seen = (0.0 if first else self._weight_seen) + weight.sum()
+        before = 0.0 if first else self._weight_seen
+        self._weight_seen = before + total_weight(weight, exponent)
         self._train(X, y, weight, None, 1, seed, self._weight_seen, keep_history=True)
         return self
 
@@ -190,7 +194,7 @@ class BaseODENet(BaseODEEstimator):
         X_val, y_val = self._validate(X_val, y_val, **self._y_checks)
         y_val = self._check_validation_targets(y_val)
         try:
-            weight = self._check_weights(sample_weight_val, X_val)
+            weight, _ = near_one(self._check_weights(sample_weight_val, X_val))
         except ValueError as error:
             raise ValueError(f"sample_weight_val: {error}") from error
         self._check_validation(y_val[weight > 0])
@@ -555,6 +559,12 @@ class BaseODENet(BaseODEEstimator):
 
     def __sklearn_is_fitted__(self):
         return hasattr(self, "module_")
+
+
+def total_weight(weight, exponent):
+    """Return the sum of weights divided by a power of two, as it was; or infinity."""
+    with np.errstate(over="ignore"):
+        return float(np.ldexp(weight.sum(), exponent))
 
 
 def usable_scale(mean, scale, values):

@@ -34,6 +34,10 @@ RECENT = 1000
 RECENT_EPOCHS = 10
 
 
+# Penalty on the square of a weight that leaves nothing of it, short of an overflow.
+LARGEST_PENALTY = 1e9
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How to train: the learning parameters of an estimator, resolved."""
@@ -194,7 +198,8 @@ def train(
     on_epoch : callable
         Called with the epoch; returns True to stop.
     """
-    penalize(optimizer, recipe.alpha / (recipe.total_weight or float(weight.sum())))
+    penalty = recipe.alpha / (recipe.total_weight or float(weight.sum()))
+    penalize(optimizer, min(penalty, LARGEST_PENALTY))
     followed = module if average is None else average.module
     best: list[Tensor] = []
     arguments = data, weight, objective, optimizer, recipe, generator, history

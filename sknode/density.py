@@ -28,6 +28,7 @@ from sknode._base import (
     SHARED_CONSTRAINTS,
     BaseODEEstimator,
     all_or_nothing,
+    near_one,
     padded_blocks,
     warn_of_failures,
 )
@@ -843,7 +844,7 @@ class CNFDensity(
         logs = self.score_samples(X, y)
         weight = None
         if sample_weight is not None:
-            weight = _check_sample_weight(sample_weight, logs)
+            weight, _ = near_one(_check_sample_weight(sample_weight, logs))
         return float(np.average(logs, weights=weight))
 
     def sample(self, n_samples=1, random_state=None, *, y=None):

@@ -14,6 +14,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import column_or_1d
 from torch.nn import functional as F
 
+from sknode._base import near_one
 from sknode._odenet_base import BaseODENet, usable_scale
 
 __all__ = ["ODENetClassifier", "ODENetRegressor"]
@@ -407,14 +408,20 @@ class ODENetClassifier(ClassifierMixin, BaseODENet):
             return y, weight
         if self.class_weight == "balanced":
             known = np.unique(y[weight > 0])
-            factor = self._balanced_factors(known, y, weight)
+            factor = self._balanced_factors(known, y, near_one(weight)[0])
         else:
             # a batch, or a warm start, may lack some classes
             if classes is None:
                 classes = self.classes_ if going_on else y
             known = np.unique(classes)
             factor = self._class_factors(known)
-        weight = weight * factor[np.searchsorted(known, y) % len(known)]
+        with np.errstate(over="ignore"):
+            weight = weight * factor[np.searchsorted(known, y) % len(known)]
+        if not np.isfinite(weight).all():
+            raise ValueError(
+                "class_weight times sample_weight is infinite for some samples. Use "
+                "smaller weights."
+            )
         if not (weight > 0).any():
             raise ValueError(
                 "class_weight must leave a sample with positive weight. Got "

@@ -262,6 +262,18 @@ def test_only_ratios_of_weights_matter(moons):
     )
 
 
+@pytest.mark.parametrize("size", [1e-310, 1e-160, 1e160, 1e308])
+@pytest.mark.parametrize("conditional", [False, True])
+def test_the_size_of_weights_does_not_matter(moons, size, conditional):
+    X, y = moons[:100], (moons[:100, 0] > 0).astype(int)
+    density = CNFDensity(conditional=conditional, random_state=0)
+    expected = density.fit(X, y).score(X, y)
+    weight = np.full(len(X), size)
+    density.fit(X, y, sample_weight=weight)
+    found = density.score(X, y, sample_weight=weight)
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
 def test_seeds_decide_and_global_state_is_left_alone(moons):
     torch.manual_seed(1)
     state = torch.get_rng_state()

@@ -187,6 +187,19 @@ def test_weight_one_is_no_weight(sine):
     np.testing.assert_array_equal(one.predict(X), two.predict(X))
 
 
+@pytest.mark.parametrize("size", [1e-310, 1e-50, 1e50, 1e308])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_weights_may_be_tiny_or_huge(sine, size, dtype):
+    X, y = sine
+    weight = np.full(len(y), size)
+    reg = ODENetRegressor(dtype=dtype, early_stopping=True, **SHORT)
+    reg.fit(X, y, sample_weight=weight)
+    # alpha counts against the sum of the losses
+    unpenalised = copy.deepcopy(reg).set_params(alpha=0.0).fit(X, y)
+    expected = np.full(len(y), y.mean()) if size < 1 else unpenalised.predict(X)
+    np.testing.assert_allclose(reg.predict(X), expected, atol=0.3 if size < 1 else 1e-3)
+
+
 def test_rows_without_weight_are_as_good_as_absent(sine):
     X, y = sine
     weight = np.ones(len(y))
