@@ -103,7 +103,16 @@ class BaseODEEstimator(CallbackSupportMixin, BaseEstimator):
                 "use X.toarray() if it fits into memory."
             )
         dtype = [np.float64, np.float32]
-        return validate_data(self, X, y, dtype=dtype, reset=reset, **kwargs)
+        frame = X if hasattr(X, "iloc") and hasattr(X, "columns") else None
+        if frame is not None:
+            # NumPy takes dates for numbers of nanoseconds, if there is nothing else
+            check_numbers(frame, lambda column: column.dtype.kind not in "mM")
+        try:
+            return validate_data(self, X, y, dtype=dtype, reset=reset, **kwargs)
+        except Exception:
+            if frame is not None:
+                check_numbers(frame, _can_be_numbers)
+            raise
 
     def _device(self) -> torch.device:
         """Resolve the device parameter."""
@@ -271,6 +280,35 @@ def as_sizes(sizes, name):
             f"{name} must be one or more positive integers. Got {given!r} instead."
         )
     return tuple(int(s) for s in sizes)
+
+
+def check_numbers(frame, is_good):
+    """Raise an error that names the columns of a frame that are not numbers."""
+    names = frame.columns
+    if not names.is_unique:
+        raise ValueError(
+            "X must have a name for each column. Got several columns of the name "
+            f"{', '.join(map(repr, names[names.duplicated()].unique()))}."
+        )
+    bad = [
+        f"{name!r} ({column.dtype})"
+        for name, column in frame.items()
+        if not is_good(column)
+    ]
+    if bad:
+        raise ValueError(
+            f"X must have columns of numbers. Got {', '.join(bad)}. Encode categories, "
+            "e.g. by sklearn.preprocessing.OneHotEncoder in a ColumnTransformer, and "
+            "turn dates into numbers."
+        )
+
+
+def _can_be_numbers(column):
+    try:
+        column.to_numpy(dtype=np.float64, na_value=np.nan)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def near_one(weight):

@@ -519,6 +519,44 @@ def test_bad_parameters_are_named(moons, parameters, name):
         ODENetClassifier(**parameters).fit(*moons)
 
 
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (["x"] * 200, r"'d' \((object|str)\).*OneHotEncoder"),
+        (pd.array(["x"] * 200, dtype="string"), r"'d' \(string\).*OneHotEncoder"),
+        (pd.Categorical(["x", "y"] * 100), r"'d' \(category\).*OneHotEncoder"),
+        (pd.date_range("2020", periods=200), r"'d' \(datetime64.*dates into numbers"),
+        (pd.to_timedelta(np.arange(200), "D"), r"'d' \(timedelta64"),
+    ],
+)
+def test_columns_that_are_not_numbers_are_named(moons, fitted, column, message):
+    X, y = moons
+    frame = pd.DataFrame(X, columns=["a", "b"]).assign(d=column)
+    for call in (
+        lambda: ODENetClassifier(**SHORT).fit(frame, y),
+        lambda: ODENetClassifier(**SHORT).fit(frame[["d"]], y),
+        lambda: copy.deepcopy(fitted).predict(frame[["d", "a"]]),
+    ):
+        with (
+            warnings.catch_warnings(action="ignore"),
+            pytest.raises(ValueError, match=message),
+        ):
+            call()
+
+
+@pytest.mark.parametrize(
+    "column", [[True, False] * 100, pd.Categorical([1, 2] * 100), [1] * 200]
+)
+def test_columns_of_other_kinds_of_numbers_are_taken(moons, column):
+    X, y = moons
+    frame = pd.DataFrame(X, columns=["a", "b"]).assign(d=column).astype({"a": object})
+    expected = ODENetClassifier(**SHORT).fit(frame.astype(float), y)
+    clf = ODENetClassifier(**SHORT).fit(frame, y)
+    np.testing.assert_array_equal(
+        clf.predict_proba(frame), expected.predict_proba(frame.astype(float))
+    )
+
+
 def test_bad_data_is_refused(moons):
     X, y = moons
     clf = ODENetClassifier(**SHORT)
