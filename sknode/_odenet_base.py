@@ -202,14 +202,23 @@ class BaseODENet(BaseODEEstimator):
 
     def _hold_out(self, X, y, weight, seed):
         """Split off a part for validation."""
-        X, X_val, y, y_val, weight, weight_val = train_test_split(
-            X,
-            y,
-            weight,
-            test_size=self.validation_fraction,
-            random_state=seed,
-            stratify=self._strata(y),
-        )
+        try:
+            X, X_val, y, y_val, weight, weight_val = train_test_split(
+                X,
+                y,
+                weight,
+                test_size=self.validation_fraction,
+                random_state=seed,
+                stratify=self._strata(y),
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"early_stopping cannot hold out validation_fraction="
+                f"{self.validation_fraction:g} of {len(X)} samples: too few are held "
+                "out or left for training. Use another validation_fraction, pass X_val "
+                "or more samples. "
+                f"{error}"
+            ) from error
         self._check_rest(y)
         self._check_validation(y_val)
         return X, y, weight, X_val, y_val, weight_val

@@ -26,7 +26,7 @@ from sklearn.model_selection import (
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from sknode import ODENetClassifier
+from sknode import ODENetClassifier, ODENetRegressor
 from sknode._optimizers import Adam
 from sknode.ode import METHODS, SolverError, SolverWarning
 from sknode.ode.methods import get_method
@@ -327,6 +327,17 @@ def test_class_weights_may_be_of_classes_that_a_batch_lacks(moons):
 
 
 # --- stopping, continuing -----------------------------------------------------------
+
+
+def test_early_stopping_names_the_fraction_where_rows_are_too_few():
+    X = np.random.default_rng(0).normal(size=(100, 2))
+    for n, n_classes in ((100, 50), (1, 1), (2, 2)):
+        clf = ODENetClassifier(early_stopping=True, validation_fraction=0.1)
+        y = np.arange(n) % n_classes
+        if n_classes == 1:
+            clf = ODENetRegressor(early_stopping=True)
+        with pytest.raises(ValueError, match="validation_fraction"):
+            clf.fit(X[:n], y)
 
 
 def test_early_stopping_restores_the_best_weights(moons):
