@@ -25,6 +25,7 @@ from sknode.fields import ACTIVATIONS
 from sknode.ode import METHODS, SolverWarning
 from sknode.ode.integrate import ROW_BLOCK
 from sknode.ode.methods import get_method
+from sknode.ode.solution import failure_report
 
 __all__ = [
     "SHARED_CONSTRAINTS",
@@ -32,6 +33,7 @@ __all__ = [
     "all_or_nothing",
     "as_sizes",
     "near_one",
+    "outcome",
     "padded_blocks",
     "warn_of_failures",
 ]
@@ -340,9 +342,25 @@ def padded_blocks(rows, rows_each):
         yield n, np.concatenate([block, block[-1:].repeat(missing, axis=0)])
 
 
-def warn_of_failures(failures):
-    """Warn about rows that the solver did not finish, by the reports of solutions."""
-    if failures:
+def outcome(solution, n):
+    """Return how a solve ended for the first rows: statuses and times reached, (n,)."""
+    return tuple(x[:n].numpy(force=True) for x in (solution.status, solution.t_reached))
+
+
+def warn_of_failures(blocks):
+    """Warn about rows that the solver did not finish.
+
+    Parameters
+    ----------
+    blocks : list of list
+        What `outcome` returns for each solve of a block of rows, block by block.
+    """
+    failures = []
+    for solve in zip(*blocks, strict=True):
+        codes, times = map(np.concatenate, zip(*solve, strict=True))
+        if codes.any():
+            failures.append(failure_report(codes, times))
+    if any(failures):
         warnings.warn(
             "The solver did not reach the end for some rows of X, whose results are "
             f"those of the last state it reached. {' '.join(failures)}",

@@ -20,6 +20,7 @@ from sknode._base import (
     BaseODEEstimator,
     all_or_nothing,
     near_one,
+    outcome,
     padded_blocks,
     warn_of_failures,
 )
@@ -547,15 +548,14 @@ class BaseODENet(BaseODEEstimator):
         module = self._module_for_prediction()
         dtype = next(module.parameters()).dtype
         settings = settings or self._solver_settings(dtype)
-        results, failures = [], []
+        results, outcomes = [], []
         n_times = 2 if t is None else len(t)
         with torch.no_grad():
             for n, block in self._chunks(X, module, dtype, n_times):
                 solution = module.flow(block, settings, t, self._is_standardised())
-                if solution.status[:n].any():
-                    failures.append(solution.failure_report())
+                outcomes.append([outcome(solution, n)])
                 results.append(read(module, solution)[:n].cpu())
-        warn_of_failures(failures)
+        warn_of_failures(outcomes)
         return torch.cat(results)
 
     def _outputs(self, X):

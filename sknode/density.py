@@ -29,6 +29,7 @@ from sknode._base import (
     BaseODEEstimator,
     all_or_nothing,
     near_one,
+    outcome,
     padded_blocks,
     warn_of_failures,
 )
@@ -1063,18 +1064,16 @@ class CNFDensity(
             module, settings = copy.deepcopy(module).double(), settings.refine()
         like = module.mixture.axes
         rows_each = min(CHUNK_ROWS, CHUNK_VALUES // module.mixture.variances.numel())
-        results, failures = [], []
+        results, outcomes = [], []
         with torch.no_grad():
             for n, rows in padded_blocks(np.hstack([Z, C]), rows_each):
                 block = torch.from_numpy(rows).to(like.device, like.dtype)
                 z, condition = block.split([module.dim, module.condition_dim], 1)
                 flow = module.given(condition)
                 result, solutions = compute(flow, z.contiguous(), settings)
-                failures += [
-                    s.failure_report() for s in solutions if s.status[:n].any()
-                ]
+                outcomes.append([outcome(s, n) for s in solutions])
                 results.append(result[:n].cpu().numpy())
-        warn_of_failures(failures)
+        warn_of_failures(outcomes)
         return np.concatenate(results)
 
     def _module_for_prediction(self):

@@ -234,6 +234,8 @@ def test_solver_that_fails_is_reported(fitted, moons):
     short = copy.deepcopy(fitted).set_params(max_steps=1)
     with pytest.warns(SolverWarning, match="did not reach the end for some rows"):
         short.score_samples(moons)
+    with pytest.warns(SolverWarning, match=r" 3 of 3 samples \(0, 1, 2\) "):
+        short.transform(moons[:3])
 
 
 # --- weights and draws ----------------------------------------------------------------

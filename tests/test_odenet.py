@@ -644,6 +644,12 @@ def test_running_out_of_steps_in_predict_warns(fitted, moons):
     clf.set_params(max_steps=1, rtol=1e-8, atol=1e-8)
     with pytest.warns(SolverWarning, match="max_steps"):
         assert np.isfinite(clf.decision_function(X)).all()
+    # no more than there are, and by their places in X
+    with pytest.warns(SolverWarning, match=r" 1 of 1 samples \(0\) "):
+        clf.predict(X[:1])
+    many = np.tile(X, (21, 1))
+    with pytest.warns(SolverWarning, match=r" 4200 of 4200 samples \(0, 1, 2, 3, 4"):
+        clf.predict(many)
     clf.set_params(max_steps=1000, rtol=fitted.rtol, atol=fitted.atol)
     np.testing.assert_array_equal(clf.decision_function(X), expected)
 
