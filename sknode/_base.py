@@ -14,7 +14,11 @@ import torch
 from scipy import sparse
 from sklearn.base import BaseEstimator
 from sklearn.utils import check_random_state
-from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils._param_validation import (
+    Interval,
+    StrOptions,
+    validate_parameter_constraints,
+)
 from sklearn.utils.validation import validate_data
 
 from sknode._compat import CallbackSupportMixin
@@ -144,6 +148,13 @@ class BaseODEEstimator(CallbackSupportMixin, BaseEstimator):
         """Collect the solver parameters as they are now, with tolerances that are at
         least ``floor``.
         """
+        # a prediction reads what may have been set since fit
+        names = "solver", "rtol", "atol", "max_steps", "step_size", "gradient"
+        validate_parameter_constraints(
+            {name: SHARED_CONSTRAINTS[name] for name in names},
+            {name: getattr(self, name) for name in names},
+            caller_name=type(self).__name__,
+        )
         rtol, least = max(self.rtol, floor), 4 * torch.finfo(dtype).eps
         if rtol < least:
             warnings.warn(

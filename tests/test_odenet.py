@@ -654,6 +654,18 @@ def test_running_out_of_steps_in_predict_warns(fitted, moons):
     np.testing.assert_array_equal(clf.decision_function(X), expected)
 
 
+@pytest.mark.parametrize(
+    ("parameter", "value"),
+    [("rtol", -1.0), ("atol", "1"), ("max_steps", 0), ("solver", "euclid")],
+)
+def test_parameters_are_checked_when_they_are_read_again(
+    fitted, moons, parameter, value
+):
+    clf = copy.deepcopy(fitted).set_params(**{parameter: value})
+    with pytest.raises(ValueError, match=f"'{parameter}' parameter of ODENetC"):
+        clf.predict(moons[0])
+
+
 # --- persistence --------------------------------------------------------------------
 
 
