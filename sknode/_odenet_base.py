@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from dataclasses import replace
 from numbers import Integral, Real
@@ -192,7 +193,11 @@ class BaseODENet(BaseODEEstimator):
             return None
         if y_val is None:
             raise ValueError("X_val needs y_val.")
-        X_val, y_val = self._validate(X_val, y_val, **self._y_checks)
+        try:
+            X_val, y_val = self._validate(X_val, y_val, **self._y_checks)
+        except (TypeError, ValueError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(re.sub(r"\b([Xy])\b", r"\1_val", str(error))) from error
         y_val = self._check_validation_targets(y_val)
         try:
             weight, _ = near_one(self._check_weights(sample_weight_val, X_val))

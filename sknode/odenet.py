@@ -843,10 +843,11 @@ class ODENetRegressor(RegressorMixin, BaseODENet):
 
     def _check_shape(self, y, name):
         if y.shape[1:] != self._target_shape:
-            expected = ("n_samples", *map(str, self._target_shape))
+            expected = ", ".join(("n_samples", *map(str, self._target_shape)))
             raise ValueError(
-                f"{name} must have shape ({', '.join(expected)}), as the targets "
-                f"before. Got {y.shape} instead."
+                f"{name} must have shape ({expected}{'' if self._target_shape else ','}"
+                "), as the targets before. "
+                f"Got {y.shape} instead."
             )
 
     def _check_validation_targets(self, y_val):

@@ -240,6 +240,20 @@ def test_early_stopping_keeps_the_weights_with_the_best_r2(sine):
     assert reg.score(X[80:], y[80:]) == reg.best_validation_score_
 
 
+def test_validation_data_are_named_in_errors(sine):
+    X, y = sine
+    reg, hole = ODENetRegressor(**SHORT), np.full(1, np.nan)
+    for X_val, y_val, message in [
+        (np.vstack([X, [hole]]), np.append(y, 0), "X_val contains NaN"),
+        (np.vstack([X, [[0]]]), np.append(y, hole), "y_val contains NaN"),
+        (np.hstack([X, X]), y, "X_val has 2 features"),
+        (pd.DataFrame({"a": ["x"] * len(X)}), y, "X_val must have columns of numbers"),
+        (X, np.stack([y, y], 1), r"y_val must have shape \(n_samples,\)"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            reg.fit(X, y, X_val=X_val, y_val=y_val)
+
+
 def test_validation_weights_count(sine):
     X, y = sine
     weight = np.random.default_rng(0).uniform(0, 2, 40)
