@@ -122,6 +122,9 @@ class BaseODENet(BaseODEEstimator):
             )
         if sparse.issparse(y):
             raise TypeError("y must be dense. Got a sparse array: pass y.toarray().")
+        # pandas has a missing value that NumPy cannot compare
+        if hasattr(y, "isna") and np.asarray(y.isna()).any():
+            raise ValueError("Input y contains NaN.")
         return super()._validate(X, y, reset, **kwargs)
 
     # --- fitting ----------------------------------------------------------------------

@@ -568,6 +568,15 @@ def test_columns_of_other_kinds_of_numbers_are_taken(moons, column):
     )
 
 
+@pytest.mark.parametrize("dtype", ["string", "Int64", "category", object])
+def test_missing_labels_of_pandas_are_refused(moons, dtype):
+    X, y = moons
+    labels = pd.Series(y).astype("string" if dtype == "string" else "Int64")
+    labels[3] = pd.NA
+    with pytest.raises(ValueError, match="y contains NaN"):
+        ODENetClassifier(**SHORT).fit(X, labels.astype(dtype))
+
+
 def test_bad_data_is_refused(moons):
     X, y = moons
     clf = ODENetClassifier(**SHORT)
