@@ -144,6 +144,7 @@ class BaseODENet(BaseODEEstimator):
         if self.early_stopping and validation is None:
             X, y, weight, *validation = self._hold_out(X, y, weight, seed)
         if going_on:
+            self._check_unchanged(X)
             seed = self._next_seed(seed)
         else:
             self._start(X, y, weight, seed)
@@ -173,6 +174,7 @@ class BaseODENet(BaseODEEstimator):
         if first:
             self._start(X, y, weight, seed)
         else:
+            self._check_unchanged(X)
             seed = self._next_seed(seed)
         before = 0.0 if first else self._weight_seen
         self._weight_seen = before + total_weight(weight, exponent)
@@ -244,17 +246,7 @@ class BaseODENet(BaseODEEstimator):
         """Build the module for this data."""
         device = self._device()
         n_outputs = self._scale_targets(y, weight)
-        self._module_config = {
-            "n_outputs": n_outputs,
-            "hidden_layer_sizes": self._hidden_layer_sizes(),
-            "activation": self.activation,
-            "augment_dim": self._augment_dim(X.shape[1]),
-            "vector_field": self.vector_field,
-        }
-        if self.image_shape is None:
-            self._module_config["n_features"] = X.shape[1]
-        else:
-            self._module_config |= self._image_config(X)
+        self._module_config = {"n_outputs": n_outputs, **self._network_config(X)}
         dtype = self._dtype(X, device)
         module = self._new_module(self._module_config, dtype, device, seed)
         mean, scale = self._moments(X, weight)
@@ -266,6 +258,34 @@ class BaseODENet(BaseODEEstimator):
         self.module_ = module
         self._optimizer_state = None
         self._n_epochs = 0
+
+    def _network_config(self, X):
+        """Return what the parameters and the rows say of the network."""
+        sizes = {"n_features": X.shape[1]}
+        if self.image_shape is not None:
+            sizes = self._image_config(X)
+        return {
+            "hidden_layer_sizes": self._hidden_layer_sizes(),
+            "activation": self.activation,
+            "augment_dim": self._augment_dim(X.shape[1]),
+            "vector_field": self.vector_field,
+            **sizes,
+        }
+
+    def _check_unchanged(self, X):
+        """Raise if parameters ask for another network than the one to go on with."""
+        before, now = self._module_config, self._network_config(X)
+        changed = [name for name in now if before.get(name) != now[name]]
+        if "image_shape" in {*before} ^ {*now}:
+            changed = ["image_shape"]
+        precision = next(self.module_.parameters()).dtype
+        if self.dtype != "auto" and getattr(torch, self.dtype) != precision:
+            changed.append("dtype")
+        if changed:
+            raise ValueError(
+                f"{type(self).__name__} cannot go on from a fit with another value of "
+                f"{', '.join(changed)}. Use a new estimator."
+            )
 
     def _augment_dim(self, n_features):
         """Resolve augment_dim."""

@@ -424,6 +424,27 @@ def test_partial_fit_refuses_what_it_cannot_do(moons):
         clf.partial_fit(X, y + 1)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_layer_sizes": 8},
+        {"activation": "elu"},
+        {"augment_dim": 1},
+        {"dtype": "float32"},
+        {"image_shape": (1, 2, 1)},
+    ],
+)
+def test_going_on_with_another_network_is_refused(moons, change):
+    clf = ODENetClassifier(warm_start=True, **SHORT).fit(*moons)
+    clf.set_params(**change)
+    for method in (clf.fit, clf.partial_fit):
+        with pytest.raises(ValueError, match=f"another value of {next(iter(change))}"):
+            method(*moons)
+    # the same in other words, and what may change
+    clf.set_params(hidden_layer_sizes=[64], activation="silu", augment_dim=2)
+    clf.set_params(dtype="float64", image_shape=None, alpha=0.1).fit(*moons)
+
+
 def test_verbose_prints_a_line_an_epoch(moons, capsys):
     ODENetClassifier(verbose=True, **SHORT).fit(*moons)
     lines = capsys.readouterr().out.splitlines()
