@@ -9,7 +9,7 @@ from sklearn.utils import check_array, check_consistent_length, column_or_1d
 from sklearn.utils.multiclass import type_of_target
 
 from sknode._mixture import GaussianMixtureModel, fit_mixture
-from sknode._warp import Whitening, find_constant
+from sknode._warp import Whitening, check_spread, find_constant
 
 __all__ = [
     "ClassCondition",
@@ -53,6 +53,7 @@ def fit_condition(y, weight, kind=True):
         return ClassCondition(classes, shares)
     y = check_array(y, ensure_2d=False, dtype=np.float64, input_name="y")
     y = y.reshape(len(y), -1)
+    check_spread(y, weight, np.arange(y.shape[1]), "y")
     constant = find_constant(y, weight)
     if constant.any():
         which = ", ".join(map(str, np.flatnonzero(constant)))

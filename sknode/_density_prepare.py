@@ -18,7 +18,7 @@ from sknode._density_condition import (
 )
 from sknode._density_dequantize import Grid, count_repetitions, find_tied
 from sknode._density_rows import check_columns, merge_rows, warn_of_columns
-from sknode._warp import kish
+from sknode._warp import check_spread, kish
 
 __all__ = ["Maps", "prepare_rows"]
 
@@ -96,6 +96,7 @@ def prepare_rows(X, y, weight, names, seed, parameters, maps=None):
     def name(mask):
         return ", ".join(map(str, names[mask]))
 
+    check_spread(X, weight, names, "X")
     check_columns(X, weight, name)
     if maps is None:
         grid = Grid.fit(parameters["dequantize"], X, count, names, eps)

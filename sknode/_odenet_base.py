@@ -30,6 +30,7 @@ from sknode._network import ImageNetwork, TabularNetwork
 from sknode._optimizers import make_optimizer
 from sknode._training import History, train
 from sknode._warning import stacklevel_of_caller
+from sknode._warp import check_spread
 
 __all__ = ["BaseODENet", "usable_scale"]
 
@@ -336,6 +337,8 @@ class BaseODENet(BaseODEEstimator):
     def _moments(self, X, weight):
         """Return weighted mean and scale: of features, or of channels of images."""
         if self.image_shape is None:
+            names = getattr(self, "feature_names_in_", np.arange(X.shape[1]))
+            check_spread(X, weight, names, "X")
             mean = np.average(X, axis=0, weights=weight)
             scale = np.sqrt(np.average((X - mean) ** 2, axis=0, weights=weight))
         else:

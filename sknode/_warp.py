@@ -12,12 +12,21 @@ from scipy.special import log_ndtr, ndtri_exp
 
 from sknode._mixture import fit_mixture, log_sum_exp
 
-__all__ = ["Marginals", "Whitening", "find_collinear", "find_constant", "kish"]
+__all__ = [
+    "Marginals",
+    "Whitening",
+    "check_spread",
+    "find_collinear",
+    "find_constant",
+    "kish",
+]
 
 LOG_ROOT_2PI = 0.5 * math.log(2 * math.pi)
 # Eigenvalues of a correlation matrix below the first mean columns that determine each
 # other; they are raised to the second.
 COLLINEAR, FLOOR = 1e-10, 1e-6
+# Spreads of columns whose squares, and sums of them, neither overflow nor vanish.
+LEAST_SPREAD, LARGEST_SPREAD = 1e-140, 1e140
 # Logarithm of the longest step of Newton's method, short of an overflow.
 LONGEST_STEP = 600.0
 
@@ -32,6 +41,34 @@ def find_constant(X, weight):
     mean = np.average(X, axis=0, weights=weight)
     scale = np.sqrt(np.average((X - mean) ** 2, axis=0, weights=weight))
     return ~(scale > 10 * np.finfo(X.dtype).eps * np.abs(mean))
+
+
+def check_spread(X, weight, names, what):
+    """Raise an error that names columns whose variance is not a number of their type.
+
+    Parameters
+    ----------
+    X : ndarray of shape (n, d)
+        Rows.
+    weight : ndarray of shape (n,)
+        Their weights, of a size about one.
+    names : ndarray of shape (d,)
+        Names of the columns.
+    what : str
+        Name of the rows.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean = np.average(X, axis=0, weights=weight)
+        spread = np.abs(X - mean).max(axis=0)
+    rounding = max(10, len(X)) * np.finfo(X.dtype).eps * np.abs(mean)
+    close = (spread < LEAST_SPREAD) & (spread > rounding)
+    bad = close | ~(spread < LARGEST_SPREAD)
+    if bad.any():
+        raise ValueError(
+            f"{what} must have columns whose values differ by {LEAST_SPREAD:g} to "
+            f"{LARGEST_SPREAD:g}, or not at all. Got others in the columns "
+            f"{', '.join(map(repr, names[bad].tolist()))}: use other units."
+        )
 
 
 def find_collinear(X, weight):

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from sknode._base import near_one
 from sknode._odenet_base import BaseODENet, usable_scale
+from sknode._warp import check_spread
 
 __all__ = ["ODENetClassifier", "ODENetRegressor"]
 
@@ -856,6 +857,8 @@ class ODENetRegressor(RegressorMixin, BaseODENet):
 
     def _scale_targets(self, y, weight):
         """Learn mean and scale of the targets."""
+        columns = y.reshape(len(y), -1)
+        check_spread(columns, weight, np.arange(columns.shape[1]), "y")
         mean = np.average(y, axis=0, weights=weight)
         scale = np.sqrt(np.average((y - mean) ** 2, axis=0, weights=weight))
         self.y_scale_ = usable_scale(mean, scale, y)

@@ -477,6 +477,15 @@ def test_constant_columns_are_named():
         CNFDensity().fit(frame_of(X))
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("size", [1e200, 1e-200])
+def test_columns_that_cannot_be_whitened_are_named(moons, size):
+    with pytest.raises(ValueError, match=r"X must .* columns 1: use other units"):
+        CNFDensity().fit(moons * [1, size])
+    with pytest.raises(ValueError, match=r"y must .* columns 0: use other units"):
+        CNFDensity(conditional="values").fit(moons, size * moons[:, 0])
+
+
 def test_collinear_columns_are_named_and_get_a_little_noise():
     X = np.random.default_rng(0).normal(size=(30, 3))
     X[:, 2] = 2 * X[:, 0]

@@ -521,6 +521,26 @@ def test_reaching_max_iter_warns(sine):
         ODENetRegressor(max_iter=3).fit(*sine)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("size", [1e200, 1e308, 1e-200])
+def test_columns_that_cannot_be_standardised_are_named(plane, size):
+    X, y = plane
+    X = X / np.abs(X).max()
+    frame = pd.DataFrame(X, columns=["a", "b", "c"]).assign(b=size * X[:, 1])
+    reg = ODENetRegressor(max_iter=1)
+    with pytest.raises(ValueError, match=r"X must .* columns 'b': use other units"):
+        reg.fit(frame, y)
+    with pytest.raises(ValueError, match=r"y must .* columns 1: use other units"):
+        reg.fit(X, np.stack([y, size * X[:, 0]], axis=1))
+
+
+def test_tiny_constants_are_constants(plane):
+    X, y = plane
+    for constant in (1e-200, 1e100, 0.0):
+        padded = np.hstack([X, np.full((len(X), 1), constant)])
+        ODENetRegressor(max_iter=2).fit(padded, np.full(len(y), constant))
+
+
 def test_bad_data_is_refused(sine):
     X, y = sine
     reg = ODENetRegressor(**SHORT)
