@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import time
@@ -202,99 +203,82 @@ def train(
     penalize(optimizer, min(penalty, LARGEST_PENALTY))
     followed = module if average is None else average.module
     best: list[Tensor] = []
-    arguments = data, weight, objective, optimizer, recipe, generator, history
-    try:
-        with torch.enable_grad():  # whatever the caller has switched off
-            n_epochs = _run_epochs(
-                module, *arguments, validate, average, on_epoch, followed, best
-            )
-    finally:
-        # an interruption is an end, too
-        if average is not None and not best:
-            best = list(followed.parameters())
-        if best:
-            restore((module,), best)
-    if n_epochs == recipe.max_iter and recipe.warns:
-        warn_unless_converged(recipe.name, recipe.max_iter, history)
-    return n_epochs
-
-
-def _run_epochs(
-    module,
-    data,
-    weight,
-    objective,
-    optimizer,
-    recipe,
-    generator,
-    history,
-    validate,
-    average,
-    on_epoch,
-    followed,
-    best,
-) -> int:
-    """Do the work of `train`; put the best weights of ``followed`` into a list."""
     n, device = len(weight), weight.device
     n_rows = min(n, recipe.epoch_rows or n)  # of an epoch
     n_batches = math.ceil(n_rows / recipe.batch_size)
     parameters = [p for p in module.parameters() if p.requires_grad]
     clip, level = Clip(recipe.gradient_bound), 1.0
-    for epoch in range(recipe.max_iter):
-        started = time.perf_counter()
-        # A single batch stays in order: a weight of 2 is then the same as a row twice.
-        order = torch.arange(n)
-        if n_batches > 1:
-            order = torch.randperm(n, generator=generator)[:n_rows]
-        # tensors on the device: read once an epoch
-        loss_sum, share_sum, nfe_sum = 0.0, 0.0, 0.0
-        for rows in order.to(device).split(recipe.batch_size):
-            share = weight[rows]
-            while True:
-                optimizer.zero_grad()
-                try:
-                    losses, nfe = objective(*(x[rows] for x in data))
-                    loss = share @ losses
-                    (loss / share.sum()).backward()
-                    break
-                except SolverError as error:
-                    count_setback(recipe, history, error)
-                    restore((module, followed), best or list(followed.parameters()))
-                    for group in optimizer.param_groups:
-                        group["lr"] /= 2
-            clip(parameters)
-            optimizer.step()
-            if average is not None:
-                average.update(module)
-            loss_sum, share_sum = loss_sum + loss.detach(), share_sum + share.sum()
-            nfe_sum = nfe_sum + nfe.sum()
+    # whatever the caller has switched off
+    with torch.enable_grad(), _best_at_the_end(module, followed, best, average):
+        for epoch in range(recipe.max_iter):
+            started = time.perf_counter()
+            # A single batch stays in order: a weight of 2 is then a row twice.
+            order = torch.arange(n)
+            if n_batches > 1:
+                order = torch.randperm(n, generator=generator)[:n_rows]
+            # tensors on the device: read once an epoch
+            loss_sum, share_sum, nfe_sum = 0.0, 0.0, 0.0
+            for rows in order.to(device).split(recipe.batch_size):
+                share = weight[rows]
+                while True:
+                    optimizer.zero_grad()
+                    try:
+                        losses, nfe = objective(*(x[rows] for x in data))
+                        loss = share @ losses
+                        (loss / share.sum()).backward()
+                        break
+                    except SolverError as error:
+                        count_setback(recipe, history, error)
+                        restore((module, followed), best or list(followed.parameters()))
+                        for group in optimizer.param_groups:
+                            group["lr"] /= 2
+                clip(parameters)
+                optimizer.step()
+                if average is not None:
+                    average.update(module)
+                loss_sum, share_sum = loss_sum + loss.detach(), share_sum + share.sum()
+                nfe_sum = nfe_sum + nfe.sum()
 
-        loss = float(loss_sum / share_sum)
-        if not np.isfinite(loss):
-            raise ValueError(
-                f"{recipe.name}: the training loss is not finite in epoch "
-                f"{len(history.loss) + 1}. Lower learning_rate_init, raise alpha, or "
-                "look for extreme values in X."
-            )
-        score = None if validate is None else validate()
-        # from here on the epoch counts, as a whole
-        history.loss.append(loss)
-        history.nfe.append(float(nfe_sum) / n_rows)
-        if score is not None:
-            history.validation.append(score)
-            if score >= max(history.validation):
-                best[:] = [p.detach().clone() for p in followed.parameters()]
-        history.seconds.append(time.perf_counter() - started)
-        report(recipe, history)
-        if on_epoch(epoch) or has_finished(recipe, history, validate is not None):
-            break
-        if recipe.decays and not history.fall:
-            level = 1 - len(history.loss) / recipe.max_iter
-        share = history.fallen / (history.fall + 1)
-        rate = recipe.learning_rate * level * (1 - share) / 2**history.setbacks
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+            loss = float(loss_sum / share_sum)
+            if not np.isfinite(loss):
+                raise ValueError(
+                    f"{recipe.name}: the training loss is not finite in epoch "
+                    f"{len(history.loss) + 1}. Lower learning_rate_init, raise "
+                    "alpha, or look for extreme values in X."
+                )
+            score = None if validate is None else validate()
+            # from here on the epoch counts, as a whole
+            history.loss.append(loss)
+            history.nfe.append(float(nfe_sum) / n_rows)
+            if score is not None:
+                history.validation.append(score)
+                if score >= max(history.validation):
+                    best[:] = [p.detach().clone() for p in followed.parameters()]
+            history.seconds.append(time.perf_counter() - started)
+            report(recipe, history)
+            if on_epoch(epoch) or has_finished(recipe, history, validate is not None):
+                break
+            if recipe.decays and not history.fall:
+                level = 1 - len(history.loss) / recipe.max_iter
+            share = history.fallen / (history.fall + 1)
+            rate = recipe.learning_rate * level * (1 - share) / 2**history.setbacks
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+    if epoch + 1 == recipe.max_iter and recipe.warns:
+        warn_unless_converged(recipe.name, recipe.max_iter, history)
     return epoch + 1
+
+
+@contextlib.contextmanager
+def _best_at_the_end(module, followed, best, average):
+    """Give a module the best weights in the end, also if that is an interruption."""
+    try:
+        yield
+    finally:
+        if average is not None and not best:
+            best = list(followed.parameters())
+        if best:
+            restore((module,), best)
 
 
 @torch.no_grad()
