@@ -190,6 +190,8 @@ def _fill(array, hole, filled):
             filled = whole
         else:
             array = _to_floats(array)
+    if array.dtype.kind == "f":  # pandas refuses digits that the column cannot hold
+        filled = filled.astype(getattr(array.dtype, "numpy_dtype", array.dtype))
     array[hole] = filled
     return array
 

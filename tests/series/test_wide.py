@@ -217,6 +217,14 @@ def test_nullable_columns_stay_whole_if_all_that_is_filled_is():
         layout.write(X, np.full((2, 3), 0.5))
 
 
+@pytest.mark.parametrize("dtype", ["f2", "f4", "Float32"])
+def test_what_is_filled_is_rounded_to_the_precision_of_its_column(dtype):
+    X = pd.DataFrame({"a": pd.Series([1.0, NAN]).astype(dtype)})
+    out = WideLayout.learn(X).write(X, np.array([[NAN], [0.1]]))
+    assert out["a"].dtype == X["a"].dtype
+    assert out["a"][1] == pd.Series([0.1]).astype(dtype)[0]
+
+
 def test_duplicate_and_unsorted_times_and_labels_are_written_in_place():
     index = pd.MultiIndex.from_tuples([("b", 2), ("a", 1), ("b", 2), ("b", 0)])
     X = pd.DataFrame([[1.0, NAN], [NAN, NAN], [3.0, 4.0], [NAN, 5.0]], index=index)
