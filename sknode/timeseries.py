@@ -25,6 +25,7 @@ from sklearn.utils.validation import (
 )
 
 from sknode._latent_base import BaseLatentODE
+from sknode._series.ahead import times_ahead
 from sknode._series.keys import encode_series
 from sknode._series.layout import SeriesLayout
 from sknode._series.panel import Panel
@@ -456,9 +457,11 @@ class LatentODERegressor(RegressorMixin, BaseLatentODE):
         horizon : int or array-like
             Number of steps after the last observation of a series, or the times
             themselves.
-        freq : str, timedelta or float, optional
-            Length of a step; by default the median distance between the observations
-            of a series.
+        freq : str, offset, timedelta or float, optional
+            Length of a step. Whole days, and what is longer, are those of the calendar,
+            in local time; of periods it may be their number. By default a period, the
+            frequency of dates that have one, else the median distance between the
+            observations of a series.
         series : label or list of labels, optional
             Which series; by default all that are known.
         coverage : float, default=0.9
@@ -509,26 +512,11 @@ class LatentODERegressor(RegressorMixin, BaseLatentODE):
             raise ValueError(f"horizon must be at least one step. Got {horizon!r}.")
         rows = slice(*self._context.offsets[code : code + 2])
         time = self._unscale_time(np.unique(self._context.time[rows]))
-        if freq is None and len(time) < 2:
+        if freq is None and len(time) < 2 and clock.kind != "periods":
             raise ValueError(
                 f"freq is needed: series {self._ids[code]!r} has a single time."
             )
-        dates = clock.kind.startswith("datetimes")
-        if freq is None and dates and len(time) > 2:
-            # months and the like are no constant steps
-            freq = pd.DatetimeIndex(clock.write(time).round("us"), freq="infer").freq
-        if freq is None:
-            step = float(np.median(np.diff(time)))
-        elif not dates and clock.kind != "timedeltas":
-            step = float(freq)
-        else:
-            try:
-                step = pd.Timedelta(freq).total_seconds()
-            except ValueError:
-                last = clock.write(time[-1:])[0]
-                ahead = pd.date_range(last, periods=horizon + 1, freq=freq)
-                return clock.read(ahead[ahead > last][:horizon], "horizon")
-        return time[-1] + step * np.arange(1, horizon + 1)
+        return times_ahead(clock, time, time, int(horizon), freq)
 
     def _labels(self):
         """Return the names of the series, (n_series,), object."""

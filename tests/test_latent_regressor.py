@@ -270,6 +270,85 @@ def test_forecast_of_dates_at_given_times():
     assert list(regressor.forecast(times)["time"]) == list(times)
 
 
+def following(index, horizon=3, **options):
+    """Return the times that are forecast after those of an index, as strings."""
+    y = np.sin(np.arange(len(index)) / 2)
+    regressor = quick(max_iter=1).fit(pd.DataFrame({"time": index}), y)
+    return [str(time) for time in regressor.forecast(horizon, **options)["time"]]
+
+
+@pytest.mark.parametrize(
+    ("freq", "step", "expected"),
+    [
+        ("Q", None, ["2026Q1", "2026Q2", "2026Q3"]),
+        ("Y", None, ["2044", "2045", "2046"]),
+        ("M", None, ["2022-01", "2022-02", "2022-03"]),
+        ("2Q", None, ["2032Q1", "2032Q3", "2033Q1"]),
+        ("Q", 2, ["2026Q2", "2026Q4", "2027Q2"]),
+        ("Q", "Y", ["2026Q4", "2027Q4", "2028Q4"]),
+        ("M", pd.offsets.QuarterEnd(), ["2022-03", "2022-06", "2022-09"]),
+    ],
+)
+def test_periods_are_followed_by_periods(freq, step, expected):
+    index = pd.period_range("2020", periods=24, freq=freq)
+    assert following(index, freq=step) == expected
+
+
+def zoned(start, periods, freq):
+    return pd.date_range(start, periods=periods, freq=freq, tz="Europe/Berlin")
+
+
+def test_an_hour_that_the_clocks_repeat_does_not_stop_a_forecast():
+    index = zoned("2024-10-26", 36, "h")
+    assert following(index, 1) == ["2024-10-27 11:00:00+01:00"]
+    assert following(index[:26], 2)[1] == "2024-10-27 02:00:00+01:00"
+
+
+@pytest.mark.parametrize("freq", [None, "D", "1D", pd.Timedelta(1, "D")])
+def test_days_follow_at_the_same_time_of_day(freq):
+    index = zoned("2024-10-01", 25, "D")
+    expected = ["2024-10-26 00:00:00+02:00", "2024-10-27 00:00:00+02:00"]
+    assert following(index, freq=freq) == [*expected, "2024-10-28 00:00:00+01:00"]
+    # without a frequency, too
+    assert following(index.delete(3), freq=freq)[-1] == "2024-10-28 00:00:00+01:00"
+    # a time that the clocks leave out
+    index = zoned("2025-03-01 02:30", 29, "D")
+    expected = ["2025-03-30 03:00:00+02:00", "2025-03-31 02:30:00+02:00"]
+    assert following(index, 2, freq=freq) == expected
+
+
+def test_months_and_weeks_are_those_of_the_calendar():
+    index = pd.date_range("2024-01-30", periods=30, freq="D")
+    for freq in ("MS", "1MS", pd.offsets.MonthBegin()):
+        assert following(index, 2, freq=freq) == [
+            f"2024-0{m}-01 00:00:00" for m in (3, 4)
+        ]
+    assert following(index, 1, freq="1W") == ["2024-03-06 00:00:00"]
+    assert following(index, 1, freq="W-FRI") == ["2024-03-01 00:00:00"]
+
+
+def test_durations_follow_by_names_of_units():
+    index = pd.timedelta_range("0h", periods=30, freq="h")
+    assert following(index, 1, freq="h") == ["1 days 06:00:00"]
+    assert following(index, 1, freq=np.timedelta64(90, "m")) == ["1 days 06:30:00"]
+
+
+@pytest.mark.parametrize(
+    ("index", "steps"),
+    [
+        (np.arange(30.0), [0, -1, np.nan, np.inf, True, "1D", [1]]),
+        (zoned("2024-05-01", 30, "D"), [0, 3, True, "0D", "-1D", "-1MS", "often", []]),
+        (zoned("2024-05-01", 30, "D"), [pd.DateOffset(months=-1), pd.NaT, {}]),
+        (pd.timedelta_range("0h", periods=30, freq="h"), [0, -1, "-1h", "MS"]),
+        (pd.period_range("2020", periods=30, freq="Q"), [0, -1, 2.5, True, "D", "x"]),
+    ],
+)
+def test_steps_that_do_not_lead_ahead_are_an_error(index, steps):
+    for freq in steps:
+        with pytest.raises(ValueError, match="freq must be"):
+            following(index, freq=freq)
+
+
 def test_forecast_with_covariates_asks_for_rows():
     X, y = panel()
     regressor = quick(series="series").fit(X.assign(dose=1.0 * (X["time"] > 5)), y)

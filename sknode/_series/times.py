@@ -97,7 +97,10 @@ class Clock:
             zone = _name_zone(times.tz, where)
         ticks, unit = _ticks(times)
         origin, origin_ns = _split(int(ticks.min()), unit)
-        unit = "ns" if unit == "ns" else "us"
+        # periods start on whole microseconds, and what rounding takes off one would
+        # make it the period before
+        coarse = freq is not None and "ns" not in freq
+        unit = "ns" if unit == "ns" and not coarse else "us"
         return cls(kind, origin, origin_ns, unit, zone, freq)
 
     def read(self, values, where):
