@@ -510,13 +510,18 @@ class LatentODERegressor(RegressorMixin, BaseLatentODE):
             return clock.read(horizon, "horizon")
         if horizon < 1:
             raise ValueError(f"horizon must be at least one step. Got {horizon!r}.")
-        rows = slice(*self._context.offsets[code : code + 2])
-        time = self._unscale_time(np.unique(self._context.time[rows]))
-        if freq is None and len(time) < 2 and clock.kind != "periods":
-            raise ValueError(
-                f"freq is needed: series {self._ids[code]!r} has a single time."
-            )
-        return times_ahead(clock, time, time, int(horizon), freq)
+        panel = self._context.take([code])
+        time = self._unscale_time(np.unique(panel.time))
+        seen = panel.observed.any(axis=1)
+        observed = (
+            self._unscale_time(np.unique(panel.time[seen])) if any(seen) else time
+        )
+        name = repr(self._ids[code])
+        if not len(observed):
+            raise ValueError(f"horizon must be times: series {name} has none yet.")
+        if freq is None and len(observed) < 2 and clock.kind != "periods":
+            raise ValueError(f"freq is needed: series {name} has a single observation.")
+        return times_ahead(clock, observed, time, int(horizon), freq)
 
     def _labels(self):
         """Return the names of the series, (n_series,), object."""

@@ -317,6 +317,26 @@ def test_days_follow_at_the_same_time_of_day(freq):
     assert following(index, 2, freq=freq) == expected
 
 
+def test_forecasts_follow_observations_not_rows():
+    X = pd.DataFrame({"time": pd.date_range("2024-01-01", periods=30, freq="MS")})
+    y = np.sin(np.arange(30) / 2)
+    y[[5, 6, 28, 29]] = np.nan
+    ahead = quick(max_iter=1).fit(X, y).forecast(2)["time"]
+    assert list(ahead) == list(X["time"][28:])
+    # the last rows are no steps either
+    X = pd.DataFrame({"time": np.r_[np.arange(0.0, 20, 2), np.arange(20, 60)]})
+    y = pd.Series(np.arange(50.0)).where(X.index < 10)
+    assert quick(max_iter=1).fit(X, y).forecast(2)["time"].tolist() == [20, 22]
+
+
+def test_forecast_of_a_series_without_a_time_asks_for_times():
+    X, y = panel()
+    more = fitted().condition(X[:1].assign(series="new"), y[:1] * np.nan)
+    with pytest.raises(ValueError, match="horizon must be times: series 'new'"):
+        more.forecast(2, series="new")
+    assert more.forecast([1.0], series="new")["mean"].notna().all()
+
+
 def test_months_and_weeks_are_those_of_the_calendar():
     index = pd.date_range("2024-01-30", periods=30, freq="D")
     for freq in ("MS", "1MS", pd.offsets.MonthBegin()):
