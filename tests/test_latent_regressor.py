@@ -337,6 +337,19 @@ def test_forecast_of_a_series_without_a_time_asks_for_times():
     assert more.forecast([1.0], series="new")["mean"].notna().all()
 
 
+def test_what_was_judged_ahead_alone_knows_all_observations_between_them():
+    rng, parts = np.random.default_rng(0), []
+    for i in range(6):
+        time = np.sort(rng.uniform(0, 30, 25))
+        y = np.sin(time / 4 + i) + rng.normal(0, 0.1, 25)
+        parts.append(pd.DataFrame({"series": i, "time": time, "y": y}))
+    table = pd.concat(parts, ignore_index=True)
+    options = {"max_iter": 4, "tol": 1.0, "n_iter_no_change": 1}
+    regressor = quick(series="series", validation_fraction=1e-9, **options)
+    regressor.fit(table[COLUMNS], table["y"])
+    assert regressor.score(table[COLUMNS], table["y"]) > 0.9
+
+
 def test_months_and_weeks_are_those_of_the_calendar():
     index = pd.date_range("2024-01-30", periods=30, freq="D")
     for freq in ("MS", "1MS", pd.offsets.MonthBegin()):

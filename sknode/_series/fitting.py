@@ -203,7 +203,9 @@ def _judge(panel, kinds, candidates, rng) -> Fitted:
     # what only one of the two was judged on, the other one takes over
     for one, other in ((BETWEEN, AFTER), (AFTER, BETWEEN)):
         if not chosen[one][2]:
-            chosen[one] = chosen[other]
+            regime, *rest = chosen[other]
+            # but the recent observations alone do not tell of what is between others
+            chosen[one] = replace(regime, recent=(math.inf,)), *rest
     scores, beaten_by = _compare(error, kept, query, truth, kinds)
     coverage = float((deviation[kinds > 0] < Z_COVERAGE).mean())
     regimes, means, _ = zip(*map(chosen.get, (BEFORE, BETWEEN, AFTER)), strict=True)
