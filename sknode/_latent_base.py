@@ -27,6 +27,7 @@ from sknode._series.training import Trainer
 from sknode._series.windows import WINDOW_ROWS
 from sknode._training import History, warn_of_setbacks, warn_unless_converged
 from sknode._warning import stacklevel_of_caller
+from sknode.ode import SolverWarning
 
 __all__ = ["BaseLatentODE"]
 
@@ -276,7 +277,8 @@ class BaseLatentODE(BaseODEEstimator):
         """Return the network as it is to be used now, or None."""
         if self.module_ is None:
             return None
-        return self._mean_of(self._module_for_prediction(), self._seed_)
+        mean = self._mean_of(self._module_for_prediction(), self._seed_)
+        return replace(mean, strict=False)
 
     def _predict_rows(self, context, codes, rows):
         """Return what is predicted of rows, given what is known of their series."""
@@ -284,13 +286,31 @@ class BaseLatentODE(BaseODEEstimator):
         query, inputs, order = self._query(codes, rows, n_series)
         mean, std = np.empty(query.values.shape), np.empty(query.values.shape)
         network = self._mean()
-        for part in _parts(n_series):
-            at = slice(query.offsets[part.start], query.offsets[part.stop])
-            mean[at], std[at] = self._model.predict(
-                network, _take(context, part), _take(query, part)
-            )
-        mean[order], std[order] = mean.copy(), std.copy()
-        return Predictive(mean, std, inputs, self._model, self._scaling)
+        with np.errstate(over="ignore", invalid="ignore"):  # of what is not solved
+            for part in _parts(n_series):
+                at = slice(query.offsets[part.start], query.offsets[part.stop])
+                mean[at], std[at] = self._model.predict(
+                    network, _take(context, part), _take(query, part)
+                )
+            mean[order], std[order] = mean.copy(), std.copy()
+            found = Predictive(mean, std, inputs, self._model, self._scaling)
+            lost = ~np.isfinite(found.at(0.0) + found.spread()).all(axis=1)
+        mean[lost] = std[lost] = np.nan
+        self._warn_of_lost(rows, lost)
+        return found
+
+    def _warn_of_lost(self, rows, lost):
+        """Warn about rows (n_rows,) up to which the latent ODE cannot be solved."""
+        if not lost.any():
+            return
+        first = self._layout.to_times(rows.time[lost][:1])[0]
+        warnings.warn(
+            f"The latent ODE cannot be solved up to {lost.sum()} of {len(lost)} rows, "
+            f"for which there is NaN; the first of them is at time {first}. Ask for "
+            "times nearer to the observations, or raise max_steps, atol or rtol.",
+            SolverWarning,
+            stacklevel=stacklevel_of_caller(),
+        )
 
     def _latent_rows(self, context, codes, rows):
         """Return the latent states (n_rows, latent_dim) at rows."""
@@ -308,6 +328,7 @@ class BaseLatentODE(BaseODEEstimator):
         ]
         states = np.empty((len(order), network.network.latent_dim))
         states[order] = np.concatenate(found)
+        self._warn_of_lost(rows, ~np.isfinite(states).all(axis=1))
         return states
 
     def _velocity(self, states):
@@ -326,13 +347,18 @@ class BaseLatentODE(BaseODEEstimator):
         query, inputs, order = self._query(codes, rows, n_series)
         draws = np.empty((n_samples, *query.values.shape))
         network = self._mean()
-        for part in _parts(n_series):
-            at = slice(query.offsets[part.start], query.offsets[part.stop])
-            draws[:, at] = self._model.sample(
-                network, _take(context, part), _take(query, part), n_samples, rng
-            )
-        draws[:, order] = draws.copy()
-        return np.stack([self._scaling.inverse(x, inputs) for x in draws])
+        with np.errstate(over="ignore", invalid="ignore"):  # of what is not solved
+            for part in _parts(n_series):
+                at = slice(query.offsets[part.start], query.offsets[part.stop])
+                draws[:, at] = self._model.sample(
+                    network, _take(context, part), _take(query, part), n_samples, rng
+                )
+            draws[:, order] = draws.copy()
+            draws = np.stack([self._scaling.inverse(x, inputs) for x in draws])
+        lost = ~np.isfinite(draws).all(axis=(0, 2))
+        draws[:, lost] = np.nan
+        self._warn_of_lost(rows, lost)
+        return draws
 
     def _query(self, codes, rows, n_series):
         """Return the panel of rows to predict, their scaled covariates in the order of

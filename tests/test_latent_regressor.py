@@ -13,9 +13,10 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.model_selection import GridSearchCV, GroupKFold, KFold, cross_validate
 
 from sknode import LatentODERegressor
+from sknode._series.model import SwitchedModel
 from sknode._series.training import Trainer
 from sknode.model_selection import PanelBlockKFold, PanelTimeSeriesSplit
-from sknode.ode import SolverError
+from sknode.ode import SolverError, SolverWarning
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning"),
@@ -506,6 +507,43 @@ def test_solver_settings_are_read_again():
     tight = pickle.loads(pickle.dumps(pure)).set_params(rtol=1e-11, atol=1e-11)
     difference = np.abs(tight.predict(X) - loose).max()
     assert 0 < difference < 1e-2
+
+
+def test_rows_that_cannot_be_solved_up_to_stop_no_others():
+    X, y = panel()
+    model = quick(series="series", residual=None, max_steps=300).fit(X, y)
+    at = pd.DataFrame({"series": ["s0", "s1", "s0"], "time": [1e6, 3.0, 3.0]})
+    near = at.iloc[1:]
+    message = "cannot be solved up to 1 of 3 rows.* at time 1000000.0"
+    with pytest.warns(SolverWarning, match=message):
+        mean, std = model.predict(at, return_std=True)
+    assert np.isnan(mean[0]).all() and np.isnan(std[0]).all()
+    np.testing.assert_allclose(mean[1:], model.predict(near), rtol=1e-7)
+    with pytest.warns(SolverWarning, match=message):
+        draws = model.sample(at, random_state=0)
+    assert np.isnan(draws[:, 0]).all() and np.isfinite(draws[:, 1:]).all()
+    with pytest.warns(SolverWarning, match=message):
+        states = model.trajectory(at)
+    np.testing.assert_allclose(states[1:], model.trajectory(near), atol=1e-7)
+    # an observation that cannot be solved up to is left out
+    more = model.condition(at.iloc[:1], [[0.0, 0.0]])
+    assert np.isfinite(more.predict(near)).all()
+
+
+def test_paths_beyond_all_bounds_are_no_predictions(monkeypatch):
+    X, _ = panel()
+    predict = SwitchedModel.predict
+
+    def blow_up(*args):
+        mean, std = predict(*args)
+        mean[0] = np.inf
+        return mean, std
+
+    monkeypatch.setattr(SwitchedModel, "predict", blow_up)
+    with pytest.warns(SolverWarning, match="1 of 2 rows"):
+        mean, std = fitted().predict(X[:2], return_std=True)
+    assert np.isnan(mean[0]).all() and np.isnan(std[0]).all()
+    assert np.isfinite(mean[1]).all() and np.isfinite(std[1]).all()
 
 
 def test_warm_start_goes_on_from_the_weights():

@@ -102,6 +102,17 @@ class SeriesModel:
             results.append(result)
         return results
 
+    def _solved(self, mean, context, query):
+        """Return what is known, in warped values, and the paths there and at a query:
+        without observations that a path does not reach.
+        """
+        context = self.given(context)
+        at_context, at_query = self.paths(mean, context, query)
+        reached = np.isfinite(at_context).all(axis=(0, 2))
+        if not reached.all():
+            context, at_context = context.select(reached), at_context[:, reached]
+        return context, at_context, at_query
+
     def latent(self, mean, context: Panel, query: Panel):
         """Return the latent states of the network (n_rows, latent_dim)."""
         context = self.given(context)
@@ -122,8 +133,7 @@ class SeriesModel:
             return np.empty(query.values.shape), np.empty(query.values.shape)
         if len(some) < query.n_series:
             context, query = context.take(some), query.take(some)
-        context = self.given(context)
-        at_context, at_query = self.paths(mean, context, query)
+        context, at_context, at_query = self._solved(mean, context, query)
         n_draws = len(at_query)
         if self.process is None:
             path, variance = at_query, self.noise
@@ -141,8 +151,7 @@ class SeriesModel:
     def sample(self, mean, context: Panel, query: Panel, n_draws, rng):
         """Return paths (n_draws, n_rows, n_channels), coherent in time, with noise."""
         centre = self.predict(mean, context, query)[0]
-        context = self.given(context)
-        at_context, at_query = self.paths(mean, context, query)
+        context, at_context, at_query = self._solved(mean, context, query)
         drawn = rng.integers(len(at_query), size=n_draws)
         paths = np.empty((n_draws, *query.values.shape))
         if self.process is None:

@@ -313,7 +313,8 @@ class LatentODENetwork(nn.Module):
         solver : SolverSettings
             How to solve.
         strict : bool
-            Whether a solve that fails is an error; if not, its states are NaN.
+            Whether a solve that fails is an error; if not, the states that it does not
+            reach are NaN.
 
         Returns
         -------
@@ -345,9 +346,10 @@ class LatentODENetwork(nn.Module):
         if not solution.success:
             if strict:
                 raise SolverError(solution.failure_report())
-            z = z.masked_fill(
-                (solution.status != Status.SUCCESS)[:, None, None], torch.nan
-            )
+            failed = (solution.status != Status.SUCCESS)[:, None]
+            reached = (solution.t_reached - grid[:, 0]).abs()[:, None]
+            lost = failed & ((grid[:, 1:] - grid[:, :1]).abs() > reached)
+            z = z.masked_fill(lost[..., None], torch.nan)
         shape = n_draws, n_series
         return (
             z.unflatten(0, shape),

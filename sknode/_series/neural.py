@@ -36,6 +36,8 @@ class NeuralMean:
         Of this noise.
     refine : bool
         Whether the encoder's answers are refined.
+    strict : bool
+        Whether a solve that fails is an error; if not, what it does not reach is NaN.
     """
 
     network: LatentODENetwork
@@ -43,6 +45,7 @@ class NeuralMean:
     n_draws: int
     seed: int
     refine: bool
+    strict: bool = True
 
     def posterior(self, panel: Panel) -> Posterior | Laplace:
         """Return what is believed of the latent states of series."""
@@ -52,9 +55,12 @@ class NeuralMean:
         """Return the means of the channels (n_draws, n_rows, n_channels)."""
         dim = self.network.latent_dim
         noise = normal_points(self.n_draws, dim, self.seed, states.mean)
-        paths = paths_at_rows(self.network, states, query, self.settings, noise)
-        return paths.numpy()
+        return paths_at_rows(
+            self.network, states, query, self.settings, noise, self.strict
+        ).numpy()
 
     def latent(self, states: Posterior | Laplace, query: Panel) -> np.ndarray:
         """Return the latent states (n_rows, latent_dim) at the rows of a panel."""
-        return states_at_rows(self.network, states, query, self.settings).numpy()
+        return states_at_rows(
+            self.network, states, query, self.settings, self.strict
+        ).numpy()

@@ -239,13 +239,15 @@ def paths_at_rows(
     query: Panel,
     settings: SolverSettings,
     noise: Tensor,
+    strict: bool = True,
 ) -> Tensor:
     """Return the means of the channels at the rows of a panel for draws of the states.
 
-    They have shape (n_draws, n_rows, n_channels); see `Posterior.states` for the noise.
+    They have shape (n_draws, n_rows, n_channels); see `Posterior.states` for the noise
+    and `LatentODENetwork.flow` for solves that fail.
     """
     series = Series.of(query, q.mean)
-    return _rows(_paths(network, q, series, settings, noise), series)
+    return _rows(_paths(network, q, series, settings, noise, strict), series)
 
 
 @torch.no_grad()
@@ -254,12 +256,14 @@ def states_at_rows(
     q: Posterior | Laplace,
     query: Panel,
     settings: SolverSettings,
+    strict: bool = True,
 ) -> Tensor:
     """Return where the centres of latent states have flowed to at the rows of a panel,
     (n_rows, latent_dim).
     """
     series = Series.of(query, q.mean)
-    z, _ = network.flow(q.mean[None], q.start, series.times_from(q.start), settings)
+    time = series.times_from(q.start)
+    z, _ = network.flow(q.mean[None], q.start, time, settings, strict)
     return _rows(z, series)[0]
 
 
@@ -269,10 +273,10 @@ def _rows(padded, series):
     return padded[:, position < series.lengths[:, None]].cpu().double()
 
 
-def _paths(network, q, series, settings, noise):
+def _paths(network, q, series, settings, noise, strict=True):
     """Return the means of the channels (n_draws, n_series, length, n_channels)."""
     if not isinstance(q, Laplace):
-        return network(q.states(noise), q.start, series, settings)[0]
+        return network(q.states(noise), q.start, series, settings, strict)[0]
     near = DIFFERENCE * torch.cat([torch.zeros_like(noise[:1]), noise])
-    paths, _ = network(q.states(near), q.start, series, settings)
+    paths, _ = network(q.states(near), q.start, series, settings, strict)
     return paths[0] + (paths[1:] - paths[0]) / DIFFERENCE

@@ -58,7 +58,8 @@ class Warp:
         small = np.abs(power) < 1e-8
         power = np.where(small, 1.0, power)
         size = np.abs(warped)
-        y = np.where(small, np.expm1(size), np.expm1(np.log1p(power * size) / power))
+        with np.errstate(over="ignore"):  # infinity where a path went beyond bounds
+            y = np.expm1(np.where(small, size, np.log1p(power * size) / power))
         return self.centre + self.scale * np.sign(warped) * y
 
     def snap(self, values):
@@ -74,10 +75,9 @@ class Warp:
                 table = np.tile(self.centre, (len(levels), 1))
                 table[:, channel] = levels
                 ladder = self.forward(table)[:, channel]
-                step = np.searchsorted(
-                    (ladder[1:] + ladder[:-1]) / 2, warped[..., channel]
-                )
-                snapped[..., channel] = levels[step]
+                z = warped[..., channel]
+                nearest = levels[np.searchsorted((ladder[1:] + ladder[:-1]) / 2, z)]
+                snapped[..., channel] = np.where(np.isnan(z), z, nearest)
         return snapped
 
     def log_slope(self, values):
