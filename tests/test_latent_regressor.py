@@ -14,6 +14,7 @@ from sklearn.model_selection import GridSearchCV, GroupKFold, KFold, cross_valid
 
 from sknode import LatentODERegressor
 from sknode._series.model import SwitchedModel
+from sknode._series.neural import NeuralMean
 from sknode._series.training import Trainer
 from sknode.model_selection import PanelBlockKFold, PanelTimeSeriesSplit
 from sknode.ode import SolverError, SolverWarning
@@ -507,6 +508,26 @@ def test_solver_settings_are_read_again():
     tight = pickle.loads(pickle.dumps(pure)).set_params(rtol=1e-11, atol=1e-11)
     difference = np.abs(tight.predict(X) - loose).max()
     assert 0 < difference < 1e-2
+
+
+@pytest.mark.parametrize("fraction", [0.1, 1e-9])
+def test_where_the_network_cannot_be_solved_the_process_serves(monkeypatch, fraction):
+    def fails(*_):
+        raise SolverError("Not finite.")
+
+    monkeypatch.setattr(NeuralMean, "paths", fails)
+    X, y = panel()
+    options = {"series": "series", "max_iter": 1, "validation_fraction": fraction}
+    regressor = quick(**options).fit(X, y)
+    assert regressor.module_ is None and regressor.score(X, y) > 0.9
+    with pytest.raises(SolverError, match=r"Not finite.* raise max_steps"):
+        quick(residual=None, **options).fit(X, y)
+
+
+def test_training_that_diverges_says_what_to_change():
+    X, y = panel()
+    with pytest.raises(SolverError, match=r"learning_rate_init .* max_steps"):
+        quick(series="series", max_iter=4, learning_rate_init=1e6).fit(X, y)
 
 
 def test_rows_that_cannot_be_solved_up_to_stop_no_others():

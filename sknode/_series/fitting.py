@@ -49,6 +49,12 @@ CONFIDENCE = {BEFORE: 0.0, BETWEEN: 2.0, AFTER: 0.0}
 # much time, the span of a typical series being 1, or on average over these and all.
 RECENT = 0.5, 0.25, 0.125, 0.0625
 
+# What to do where only a network is left and it cannot be solved.
+ADVICE = (
+    "The latent ODE cannot be solved up to all times of X: raise max_steps, rtol or "
+    "atol, lower learning_rate_init, or look for times far from the others."
+)
+
 
 @dataclass
 class Fitted:
@@ -121,11 +127,18 @@ def fit_series(
         windows = Windows.cut(warped, rows_each, anchored)
         mean = train(windows.panel(warped)[0])
         settings = rows_each, anchored
-        candidates.append(_complete(warped, warp, mean, residual, settings, rng))
+        try:
+            candidates.append(_complete(warped, warp, mean, residual, settings, rng))
+        except SolverError as error:
+            if not candidates:
+                raise SolverError(f"{error} {ADVICE}") from error
     if not fraction:
         model, mean = candidates[-1]
         return Fitted(model, mean)
-    return _judge(panel, kinds, candidates, rng)
+    try:
+        return _judge(panel, kinds, candidates, rng)
+    except SolverError as error:
+        raise SolverError(f"{error} {ADVICE}") from error
 
 
 def is_anchored(panel: Panel) -> bool:

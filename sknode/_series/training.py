@@ -13,6 +13,7 @@ from sknode._optimizers import make_optimizer
 from sknode._series.network import LatentODENetwork, Posterior, Series
 from sknode._series.panel import Panel
 from sknode._training import Average, History, Recipe, train
+from sknode.ode import SolverError
 
 __all__ = ["Trainer", "draw_masks"]
 
@@ -225,7 +226,16 @@ class Trainer:
         def score():
             network = average.module
             q = network.encode(series)
-            means, _ = network(q.states(noise)[None], q.start, series, self.settings)
+            states = q.states(noise)[None]
+            try:
+                means, _ = network(states, q.start, series, self.settings)
+            except SolverError as error:
+                raise SolverError(
+                    f"{self.recipe.name}: the solver failed on held-out series in "
+                    f"epoch {len(self.history.loss)} of the training. {error} If the "
+                    "training diverges, lower learning_rate_init or raise alpha, else "
+                    "raise max_steps, rtol or atol."
+                ) from error
             fit = network.log_likelihood(means, series).sum()
             return float(fit - q.kl().sum()) / n_cells
 
