@@ -270,7 +270,7 @@ class LatentODERegressor(RegressorMixin, BaseLatentODE):
             The fitted estimator.
         """
         X = self._check_table(X, reset=True)
-        y = self._check_values(X, y)
+        given, y = y, self._check_values(X, y)
         self._layout = SeriesLayout.learn(
             X,
             time=self.time,
@@ -285,8 +285,8 @@ class LatentODERegressor(RegressorMixin, BaseLatentODE):
                 f"{n_channels}: there must be one for each column of y."
             )
         self.n_outputs_ = n_channels
-        self._y_names, self._is_column = _names_of(y), np.ndim(y) == 1
-        return self._fit_rows(self._layout.read(X), _as_columns(y), X, y)
+        self._y_names, self._is_column = _names_of(given, n_channels), y.ndim == 1
+        return self._fit_rows(self._layout.read(X), _as_columns(y), X, given)
 
     def condition(self, X, y):
         """Take in further observations, of old or new series, without training.
@@ -594,9 +594,8 @@ class LatentODERegressor(RegressorMixin, BaseLatentODE):
                 f"{type(self).__name__} requires y to be passed, but the target y is "
                 "None."
             )
-        names = y
         y = check_array(
-            y,
+            _without_na(y),
             ensure_2d=False,
             dtype=np.float64,
             ensure_all_finite="allow-nan",
@@ -607,7 +606,7 @@ class LatentODERegressor(RegressorMixin, BaseLatentODE):
         if y.ndim > 2:
             raise ValueError(f"y must have one or two dimensions. Got {y.ndim}.")
         check_consistent_length(X, y)
-        return names if hasattr(names, "columns") or hasattr(names, "name") else y
+        return y
 
     def _check_channels(self, X, y):
         """Return values (n_samples, n_channels) to compare predictions with."""
@@ -652,17 +651,26 @@ def _take_rows(rows, which):
 
 def _as_columns(y):
     """Return values as (n_samples, n_channels)."""
-    y = np.asarray(y, dtype=np.float64)
     return y[:, None] if y.ndim == 1 else y
 
 
-def _names_of(y):
+def _without_na(y):
+    """Return values with NaN for what else pandas has for missing ones."""
+    if isinstance(y, pd.Series):
+        numeric = isinstance(y.dtype, np.dtype) and y.dtype != object
+        return y if numeric else y.to_numpy(dtype=np.float64, na_value=np.nan)
+    if not isinstance(y, pd.DataFrame) or not y.shape[1]:
+        return y
+    return np.stack([_without_na(column) for _, column in y.items()], axis=1)
+
+
+def _names_of(y, n_channels):
     """Return the names of channels, or their numbers."""
     if hasattr(y, "columns"):
         return list(y.columns)
     if getattr(y, "name", None) is not None:
         return [y.name]
-    return list(range(1 if np.ndim(y) == 1 else np.shape(y)[1]))
+    return list(range(n_channels))
 
 
 def _normal_reach(coverage):

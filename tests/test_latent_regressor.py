@@ -530,6 +530,23 @@ def test_training_that_diverges_says_what_to_change():
         quick(series="series", max_iter=4, learning_rate_init=1e6).fit(X, y)
 
 
+@pytest.mark.parametrize("dtype", ["Float64", "Int64", "boolean", object])
+def test_values_may_miss_in_any_way_that_pandas_has(dtype):
+    X = panel()[0][:38]
+    plain = pd.DataFrame({"a": np.arange(len(X)) % 2.0}).mask(X["time"] < 2)
+    y = plain.astype(dtype)
+    if dtype is object:
+        y = y.where(plain.notna(), None)
+        y.iloc[np.flatnonzero(plain["a"].isna())[0], 0] = pd.NA
+    options = {"series": "series", "max_iter": 1}
+    for truth, target in ((plain, y), (plain["a"], y["a"])):
+        expected = quick(**options).fit(X, truth)
+        ours = quick(**options).fit(X, target)
+        np.testing.assert_array_equal(ours.predict(X), expected.predict(X))
+        assert ours.score(X, target) == expected.score(X, truth)
+        assert set(ours.forecast(1, freq=1.0)["channel"]) == {"a"}
+
+
 def test_rows_that_cannot_be_solved_up_to_stop_no_others():
     X, y = panel()
     model = quick(series="series", residual=None, max_steps=300).fit(X, y)
