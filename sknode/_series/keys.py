@@ -211,10 +211,10 @@ def find_time(frame, time, series, taken, *, framed, wide):
     frame : DataFrame
         Table.
     time : str, int or other label
-        "auto" takes the first index level with datetimes, periods or timedeltas, else
-        the first such column. Where there is none, tables of rows take the first
-        column, wide ones the last of several index levels, or a numeric index, or
-        number their rows.
+        "auto" takes the first index level with datetimes, periods or timedeltas, or a
+        column that repeats it, else the first such column. Where there is none, tables
+        of rows take the first column, wide ones the last of several index levels, or a
+        numeric index, or number their rows.
     series : list of Source
         Where series are named. If it is empty and time is one of several index levels,
         then the others name the series.
@@ -230,16 +230,16 @@ def find_time(frame, time, series, taken, *, framed, wide):
         if time is None:
             guess = _guess_wide if wide else _guess_column
             time = guess(frame, series, taken, framed)
+        elif time.place == "level":
+            time, series = _prefer_columns(frame, time, series, taken)
     else:
         time = find(frame, time, "time", framed=framed)
     if time in series:
         raise ValueError(f"time and series are both {time} of X.")
     if time.place == "column" and time.position in taken:
         raise ValueError(f"time is {time} of X, which has another role already.")
-    names = frame.index.names
-    if not series and time.place == "level" and len(names) > 1:
-        others = (i for i in range(len(names)) if i != time.position)
-        series = [Source("level", i, names[i]) for i in others]
+    if not series and time.place == "level":
+        series = _other_levels(frame, time)
     return time, series
 
 
@@ -283,6 +283,38 @@ def _find_dated(frame, series, taken, framed):
         if is_timelike(frame.iloc[:, i]):
             return find(frame, i, "time", framed=framed)
     return None
+
+
+def _prefer_columns(frame, time, series, taken):
+    """Return where time and series are if a column repeats the level of the index that
+    is the time, as those of ``index.to_frame()``: it is no covariate then.
+    """
+    column = _find_twin(frame, time, series, taken)
+    if column is None:
+        return time, series
+    others = series or _other_levels(frame, time)
+    taken = taken | {column.position}
+    twins = [
+        None if x.place == "column" else _find_twin(frame, x, series, taken)
+        for x in others
+    ]
+    return column, [twin or x for twin, x in zip(twins, others, strict=True)]
+
+
+def _find_twin(frame, level, series, taken):
+    """Return the column that is the same as a level of the index, None without one."""
+    values = level.get(frame)
+    for i in _candidates(frame, series, taken):
+        column = frame.iloc[:, i]
+        if column.dtype == values.dtype and pd.Index(column).equals(values):
+            return find(frame, i, "time", framed=True)
+    return None
+
+
+def _other_levels(frame, time):
+    """Return the levels of the index but for that of time."""
+    names = frame.index.names
+    return [Source("level", i, x) for i, x in enumerate(names) if i != time.position]
 
 
 def _guess_column(frame, series, taken, framed):

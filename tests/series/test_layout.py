@@ -9,6 +9,7 @@ from scipy import sparse
 
 from sknode._series.keys import encode_series
 from sknode._series.layout import SeriesLayout
+from sknode._series.table import Source
 from sknode._series.times import as_times
 
 DAY = 86400.0
@@ -40,6 +41,31 @@ def wards():
 
 
 # --- where time is --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["dates", "periods", "zoned"])
+def test_columns_that_repeat_the_index_are_time_and_series(kind):
+    days = pd.date_range("2024-01-01", periods=3, name="day")
+    if kind == "periods":
+        days = days.to_period("D")
+    if kind == "zoned":
+        days = days.tz_localize("Asia/Tokyo")
+    X = days.to_frame()
+    layout = SeriesLayout.learn(X)
+    assert layout.time == Source("column", 0, "day") and not layout.covariates
+    time = layout.read(X.reset_index(drop=True)).time
+    np.testing.assert_array_equal(time, [0, 86400, 2 * 86400])
+    index = pd.MultiIndex.from_product([["a", "b"], days], names=["shop", "day"])
+    for several in (index.to_frame(), index.to_frame().assign(price=[1.0] * 6)):
+        for series in (None, "shop"):
+            layout = SeriesLayout.learn(several, series=series)
+            assert layout.time == Source("column", 1, "day")
+            assert layout.series == [Source("column", 0, "shop")]
+            assert layout.covariates == list(range(2, several.shape[1]))
+    # other dates are no covariate
+    later = X.set_axis(days.shift(1))
+    with pytest.raises(ValueError, match="covariate column 'day'"):
+        SeriesLayout.learn(later).read(later)
 
 
 @pytest.mark.parametrize(
