@@ -493,7 +493,7 @@ class LatentODERegressor(RegressorMixin, BaseLatentODE):
         columns = {
             "series": np.repeat(rows.ids, n_channels),
             "time": self._layout.to_times(rows.time).repeat(n_channels),
-            "channel": np.tile(np.asarray(self._y_names, dtype=object), n),
+            "channel": np.tile(_as_objects(self._y_names), n),
             "mean": predictive.at(0.0).ravel(),
             "std": predictive.spread().ravel(),
             "lower": predictive.at(-reach).ravel(),
@@ -506,10 +506,13 @@ class LatentODERegressor(RegressorMixin, BaseLatentODE):
     def _future(self, code, horizon, freq):
         """Return the times, relative to the origin, that are asked for of a series."""
         clock = self._layout.clock
-        if not isinstance(horizon, Integral):
+        if np.ndim(horizon) == 1 and len(horizon):
             return clock.read(horizon, "horizon")
-        if horizon < 1:
-            raise ValueError(f"horizon must be at least one step. Got {horizon!r}.")
+        if not _is_count(horizon):
+            raise ValueError(
+                "horizon must be a positive integer, the number of steps, or a list of "
+                f"times. Got {horizon!r}."
+            )
         panel = self._context.take([code])
         time = self._unscale_time(np.unique(panel.time))
         seen = panel.observed.any(axis=1)
@@ -525,14 +528,20 @@ class LatentODERegressor(RegressorMixin, BaseLatentODE):
 
     def _labels(self):
         """Return the names of the series, (n_series,), object."""
-        return np.fromiter(self._ids, dtype=object, count=len(self._ids))
+        return _as_objects(self._ids)
 
     def _chosen(self, series):
         """Return the codes of the series that are asked for."""
         if series is None:
             return np.arange(len(self._ids))
-        labels = [series] if np.ndim(series) == 0 else list(series)
         number = {name: i for i, name in enumerate(self._ids)}
+        # of several columns a label is a tuple
+        single = isinstance(series, str) or not np.iterable(series)
+        if single or (isinstance(series, tuple) and series in number):
+            series = [series]
+        labels = list(series)
+        if not labels:
+            raise ValueError("series must name one series at least, or be None.")
         unknown = [x for x in labels if x not in number]
         if unknown:
             raise ValueError(f"series names {unknown!r}, which are not known.")
@@ -680,8 +689,19 @@ def _normal_reach(coverage):
     return float(ndtri(0.5 + coverage / 2))
 
 
+def _as_objects(labels):
+    """Return labels, tuples among them, as an array of one dimension."""
+    return np.fromiter(labels, dtype=object, count=len(labels))
+
+
+def _is_count(number):
+    """Return whether this is a positive integer."""
+    no_number = isinstance(number, bool | np.bool_ | np.timedelta64)
+    return isinstance(number, Integral) and not no_number and number >= 1
+
+
 def _check_draws(n_samples):
-    if not isinstance(n_samples, Integral) or n_samples < 1:
+    if not _is_count(n_samples):
         raise ValueError(
             f"n_samples must be a positive integer. Got {n_samples!r} instead."
         )

@@ -396,6 +396,33 @@ def test_forecast_of_a_series_that_is_not_known():
         fitted().forecast(2, series="nobody")
 
 
+@pytest.mark.parametrize("horizon", [0, -1, 2.5, None, "30D", [], True, [[1.0]]])
+def test_horizons_that_are_none_are_named(horizon):
+    with pytest.raises(ValueError, match="horizon must be"):
+        fitted().forecast(horizon)
+
+
+def test_labels_may_be_tuples():
+    X, y = panel()
+    X, y = X.assign(site=1)[:50], y[:50]
+    y.columns = pd.MultiIndex.from_tuples([("u", "a"), ("u", "b")])
+    regressor = quick(series=["series", "site"], time="time", max_iter=1).fit(X, y)
+    one = regressor.forecast(2, series=("s1", 1))
+    assert one["series"].tolist() == [("s1", 1)] * 4
+    assert one["channel"].tolist() == list(y.columns) * 2
+    both = regressor.forecast(2, series=[("s1", 1), ("s0", 1)])
+    assert both["series"].nunique() == 2
+    for series in ([], ("s1", 2), "s1"):
+        with pytest.raises(ValueError, match="series"):
+            regressor.forecast(2, series=series)
+
+
+@pytest.mark.parametrize("n_samples", [0, 1.5, True, None])
+def test_number_of_draws_is_checked(n_samples):
+    with pytest.raises(ValueError, match="n_samples must be a positive integer"):
+        fitted().sample(panel()[0][:2], n_samples)
+
+
 def test_covariates_matter():
     rng = np.random.default_rng(0)
     X = pd.DataFrame({"time": np.arange(200.0), "u": rng.normal(size=200)})
