@@ -341,8 +341,10 @@ class BaseLatentODE(BaseODEEstimator):
         with torch.no_grad():
             return module.field(y.new_zeros(()), y).cpu().numpy()
 
-    def _sample_rows(self, context, codes, rows, n_samples, rng):
-        """Return draws (n_samples, n_rows, n_channels), in the units of y."""
+    def _sample_rows(self, context, codes, rows, n_samples, rng, snaps=False):
+        """Return draws (n_samples, n_rows, n_channels), in the units of y, those of
+        channels with few values moved to one of them if ``snaps``.
+        """
         n_series = context.n_series
         query, inputs, order = self._query(codes, rows, n_series)
         draws = np.empty((n_samples, *query.values.shape))
@@ -354,6 +356,8 @@ class BaseLatentODE(BaseODEEstimator):
                     network, _take(context, part), _take(query, part), n_samples, rng
                 )
             draws[:, order] = draws.copy()
+            if snaps and self._model.warp is not None:
+                draws = self._model.warp.snap(draws)
             draws = np.stack([self._scaling.inverse(x, inputs) for x in draws])
         lost = ~np.isfinite(draws).all(axis=(0, 2))
         draws[:, lost] = np.nan

@@ -1013,7 +1013,8 @@ class LatentODEImputer(OneToOneFeatureMixin, TransformerMixin, BaseLatentODE):
         Returns
         -------
         list of DataFrame or ndarray
-            Tables without holes, each coherent in time.
+            Tables without holes, each coherent in time. Channels of few different
+            values are filled with these, as by `transform`.
         """
         _check_draws(n_samples)
         X, rows, codes, context, asked = self._holes(X)
@@ -1025,6 +1026,7 @@ class LatentODEImputer(OneToOneFeatureMixin, TransformerMixin, BaseLatentODE):
             _take_rows(rows, asked),
             int(n_samples),
             _generator(random_state),
+            snaps=True,
         )
         tables = []
         for draw in draws:

@@ -223,6 +223,26 @@ def test_draws_are_coherent_and_leave_what_is_observed(table, fitted):
     pd.testing.assert_frame_equal(draws[2], again[2])
 
 
+def test_draws_of_channels_with_few_values_are_among_these():
+    rng, n = np.random.default_rng(0), 120
+    table = pd.DataFrame(
+        {
+            "on": pd.array(np.sin(np.arange(n) / 9) > 0, dtype="boolean"),
+            "count": pd.array(rng.integers(0, 4, n), dtype="Int64"),
+            "sign": rng.choice([-1.0, 1.0], n),
+            "free": rng.normal(size=n),
+        },
+        index=pd.date_range("2026-01-01", periods=n),
+    ).mask(rng.uniform(size=(n, 4)) < 0.15)
+    draws = quick(max_iter=1).fit(table).sample(table, 20, random_state=0)
+    for draw in draws:
+        assert draw.dtypes.tolist() == table.dtypes.tolist()
+        for name in ("count", "sign"):
+            assert set(draw[name].unique()) <= set(table[name].dropna().unique())
+    holes = table["on"].isna()
+    assert len({tuple(draw.loc[holes, "on"]) for draw in draws}) > 1
+
+
 def test_draws_spread_as_the_standard_deviations_say(table, fitted):
     _, std = fitted.impute(table, return_std=True)
     draws = np.stack(fitted.sample(table, n_samples=400, random_state=1))

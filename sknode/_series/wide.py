@@ -185,8 +185,9 @@ def _fill(array, hole, filled):
     array = array.copy()
     if array.dtype.kind in "iub":
         with np.errstate(invalid="ignore"):
-            whole = filled.astype(array.dtype.numpy_dtype)
-        if (whole == filled).all():
+            whole = np.rint(filled).astype(array.dtype.numpy_dtype)
+        # but for what rounding in other units left
+        if np.allclose(whole.astype(np.float64), filled, rtol=1e-12, atol=1e-9):
             filled = whole
         else:
             array = _to_floats(array)
