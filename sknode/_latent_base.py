@@ -103,6 +103,13 @@ class BaseLatentODE(BaseODEEstimator):
             raise ValueError(
                 "There is nothing to learn from: no value is observed, all are NaN."
             )
+        empty = np.isnan(values).all(axis=0)
+        if empty.any():
+            names = [self._channel_names()[i] for i in np.flatnonzero(empty)]
+            raise ValueError(
+                f"No value is observed in the columns {names}: all are NaN. Leave them "
+                "out."
+            )
         seed, device = self._seed(), self._device()
         rng = np.random.default_rng(seed)
         codes, self._ids = encode_series(rows.ids)

@@ -627,6 +627,9 @@ class LatentODERegressor(RegressorMixin, BaseLatentODE):
             )
         return y
 
+    def _channel_names(self):
+        return self._y_names
+
     def _as_y(self, values):
         return values[:, 0] if self._is_column else values
 
@@ -1034,6 +1037,9 @@ class LatentODEImputer(OneToOneFeatureMixin, TransformerMixin, BaseLatentODE):
             values[asked] = np.where(np.isnan(values[asked]), draw, values[asked])
             tables.append(self._layout.write(X, values))
         return tables
+
+    def _channel_names(self):
+        return self._layout.channel_names
 
     def _holes(self, X):
         """Return the table, its rows with their series, what is observed in it, and

@@ -191,6 +191,11 @@ def test_nothing_observed_is_an_error():
         quick().fit(pd.DataFrame({"x": [np.nan, np.nan]}))
 
 
+def test_channels_without_any_observation_are_named(table):
+    with pytest.raises(ValueError, match=r"No value .*\['empty'\]"):
+        quick().fit(table.assign(empty=np.nan))
+
+
 def test_infinite_values_name_their_column(table):
     bad = table.copy()
     bad.iloc[3, 1] = np.inf

@@ -512,6 +512,8 @@ def test_bad_input_is_named():
     X, y = panel()
     with pytest.raises(ValueError, match="all are NaN"):
         quick(series="series").fit(X, y * np.nan)
+    with pytest.raises(ValueError, match=r"No value .*\['b'\]"):
+        quick(series="series").fit(X, y.assign(b=np.nan))
     with pytest.raises(ValueError, match="infinity"):
         quick(series="series").fit(X, y.replace(y.iloc[0, 0], np.inf))
     with pytest.raises(ValueError, match="nowhere"):
