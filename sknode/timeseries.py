@@ -19,6 +19,7 @@ from sklearn.base import (
 from sklearn.metrics import r2_score
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import (
+    _check_sample_weight,
     check_array,
     check_consistent_length,
     check_is_fitted,
@@ -436,9 +437,11 @@ class LatentODERegressor(RegressorMixin, BaseLatentODE):
         float
             R2, the mean over the channels that are observed.
         """
-        mean = self._predict(X).at(0.0)
         y = self._check_channels(X, y)
-        weight = None if sample_weight is None else np.asarray(sample_weight)
+        weight = sample_weight
+        if weight is not None:
+            weight = _check_sample_weight(weight, y, dtype=np.float64)
+        mean = self._predict(X).at(0.0)
         scores = []
         for truth, predicted in zip(y.T, mean.T, strict=True):
             seen = np.isfinite(truth)

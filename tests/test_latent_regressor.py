@@ -423,6 +423,15 @@ def test_number_of_draws_is_checked(n_samples):
         fitted().sample(panel()[0][:2], n_samples)
 
 
+def test_weights_of_rows_are_checked():
+    X, y = panel()
+    weights = [2.0] * len(X)
+    assert fitted().score(X, y, weights) == pytest.approx(fitted().score(X, y))
+    for bad in (weights[1:], np.ones((len(X), 2)), [np.nan, *weights[1:]]):
+        with pytest.raises(ValueError, match=r"sample_weight|Sample weights"):
+            fitted().score(X, y, bad)
+
+
 def test_covariates_matter():
     rng = np.random.default_rng(0)
     X = pd.DataFrame({"time": np.arange(200.0), "u": rng.normal(size=200)})
