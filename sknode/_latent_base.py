@@ -180,6 +180,7 @@ class BaseLatentODE(BaseODEEstimator):
         n_held_out = 0
         if self.early_stopping:
             n_held_out = round(self.validation_fraction * len(order))
+            n_held_out = min(n_held_out, max(len(order) - 1, 0))  # one is trained on
         held_out = pieces.take(np.sort(order[:n_held_out])) if n_held_out else None
         trained_on = pieces.take(np.sort(order[n_held_out:]))
         recipe = replace(

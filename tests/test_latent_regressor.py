@@ -432,6 +432,13 @@ def test_weights_of_rows_are_checked():
             fitted().score(X, y, bad)
 
 
+def test_one_series_at_least_is_trained_on():
+    X, y = panel()
+    options = {"series": "series", "max_iter": 1, "residual": None}
+    regressor = quick(validation_fraction=0.97, **options).fit(X, y)
+    assert regressor.module_ is not None
+
+
 def test_covariates_matter():
     rng = np.random.default_rng(0)
     X = pd.DataFrame({"time": np.arange(200.0), "u": rng.normal(size=200)})
