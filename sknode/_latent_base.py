@@ -114,7 +114,7 @@ class BaseLatentODE(BaseODEEstimator):
         rng = np.random.default_rng(seed)
         codes, self._ids = encode_series(rows.ids)
         self.time_unit_ = _time_unit(codes, rows.time)
-        self._scaling = Scaling.learn(values, rows.covariates)
+        self._scaling = Scaling.learn(values, rows.covariates, self._channel_names())
         panel, _ = self._panel(codes, rows, values, len(self._ids))
         history = History()
         context = self._init_callback_context(max_subtasks=self.max_iter)

@@ -530,6 +530,9 @@ def test_bad_input_is_named():
         quick(series="series").fit(X, y * np.nan)
     with pytest.raises(ValueError, match=r"No value .*\['b'\]"):
         quick(series="series").fit(X, y.assign(b=np.nan))
+    for huge in (1e160, 5e307):
+        with pytest.raises(ValueError, match=r"\['b'\] are too large for float64"):
+            quick(series="series").fit(X, y.assign(b=huge * np.sin(y["b"])))
     with pytest.raises(ValueError, match="infinity"):
         quick(series="series").fit(X, y.replace(y.iloc[0, 0], np.inf))
     with pytest.raises(ValueError, match="nowhere"):

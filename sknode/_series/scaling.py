@@ -41,12 +41,26 @@ class Scaling:
     intercept: np.ndarray
 
     @classmethod
-    def learn(cls, values, covariates) -> Scaling:
-        """Learn the units from rows."""
-        units = [_robust_moments(column[np.isfinite(column)]) for column in values.T]
+    def learn(cls, values, covariates, names=None) -> Scaling:
+        """Learn the units from rows; ``names`` are those of the channels, for errors.
+
+        Raises
+        ------
+        ValueError
+            If the spread of a channel is too large for float64.
+        """
+        with np.errstate(over="ignore", invalid="ignore"):
+            units = [_robust_moments(x[np.isfinite(x)]) for x in values.T]
         centre, scale = (
             np.array(x, dtype=np.float64) for x in zip(*units, strict=True)
         )
+        if not np.isfinite(centre + scale).all():
+            lost = np.flatnonzero(~np.isfinite(centre + scale))
+            lost = [i if names is None else names[i] for i in lost.tolist()]
+            raise ValueError(
+                f"The values of the columns {lost} are too large for float64: their "
+                "spread is infinite. Divide them by a power of ten."
+            )
         mean = covariates.mean(0)
         deviation = covariates.std(0)
         rounding = 1e-12 * np.abs(mean).max(initial=0.0)
