@@ -283,6 +283,7 @@ class BaseLatentODE(BaseODEEstimator):
 
     def _mean(self):
         """Return the network as it is to be used now, or None."""
+        self._validate_params()  # they may have been set since fit
         if self.module_ is None:
             return None
         mean = self._mean_of(self._module_for_prediction(), self._seed_)

@@ -439,6 +439,17 @@ def test_one_series_at_least_is_trained_on():
     assert regressor.module_ is not None
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("rtol", -1), ("solver", "none"), ("max_steps", 0)]
+)
+def test_parameters_are_checked_again_at_prediction(name, value):
+    X, _ = panel()
+    changed = copy.copy(fitted()).set_params(**{name: value})
+    for call in (changed.predict, changed.sample, lambda _: changed.forecast(1)):
+        with pytest.raises(ValueError, match=f"'{name}' parameter"):
+            call(X[:2])
+
+
 def test_covariates_matter():
     rng = np.random.default_rng(0)
     X = pd.DataFrame({"time": np.arange(200.0), "u": rng.normal(size=200)})
