@@ -203,7 +203,7 @@ class _Sweep:
                 lanes, columns, _ = record.outputs
                 cotangents[-1] = self.grad[self._rows(record)[lanes], columns]
         before = self.trace.tape.reverse(lam, cotangents)
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
+        if not _graph_is_kept():
             self.trace.tape = None  # as torch lets go of what it has saved
         # recorded steps are without the trials of lanes that did not move
         return self._over(records, lam) if before is None else before
@@ -269,6 +269,13 @@ class _Sweep:
             total = total + slopes.to(total.dtype)
         total = total if self.times.ndim == 2 else total.sum(0)
         return total.to(self.times.device)
+
+
+def _graph_is_kept() -> bool:
+    """Return whether the backward pass may be asked for again, by ``retain_graph``."""
+    # torch itself asks so, but has no public name for it
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or ask()
 
 
 class _RungeKuttaSweep(_Sweep):
