@@ -25,6 +25,7 @@ from sklearn.utils.validation import (
     check_is_fitted,
 )
 
+from sknode._base import all_or_nothing
 from sknode._latent_base import BaseLatentODE
 from sknode._series.ahead import times_ahead
 from sknode._series.keys import encode_series
@@ -255,6 +256,7 @@ class LatentODERegressor(RegressorMixin, BaseLatentODE):
     # --- fitting ----------------------------------------------------------------------
 
     @_fit_context(prefer_skip_nested_validation=True)
+    @all_or_nothing
     def fit(self, X, y):
         """Fit to observations.
 
@@ -928,6 +930,7 @@ class LatentODEImputer(OneToOneFeatureMixin, TransformerMixin, BaseLatentODE):
         self.random_state = random_state
 
     @_fit_context(prefer_skip_nested_validation=True)
+    @all_or_nothing
     def fit(self, X, y=None):
         """Learn what the series have in common.
 

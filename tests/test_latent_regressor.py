@@ -589,6 +589,21 @@ def test_training_that_diverges_says_what_to_change():
         quick(series="series", max_iter=4, learning_rate_init=1e6).fit(X, y)
 
 
+def test_a_fit_that_fails_leaves_the_one_before():
+    X, y = panel()
+    regressor = quick(series="series", max_iter=4).fit(X, y)
+    before = regressor.predict(X)
+    regressor.set_params(learning_rate_init=1e6)
+    with pytest.raises(SolverError, match=r"in epoch 1 of"):
+        regressor.fit(X, 1e3 * y)
+    np.testing.assert_array_equal(regressor.predict(X), before)
+    with pytest.raises(SolverError):
+        regressor = quick(series="series", max_iter=4, learning_rate_init=1e6)
+        regressor.fit(X, y)
+    with pytest.raises(NotFittedError):
+        regressor.predict(X)
+
+
 @pytest.mark.parametrize("dtype", ["Float64", "Int64", "boolean", object])
 def test_values_may_miss_in_any_way_that_pandas_has(dtype):
     X = panel()[0][:38]

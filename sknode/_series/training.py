@@ -232,9 +232,9 @@ class Trainer:
             except SolverError as error:
                 raise SolverError(
                     f"{self.recipe.name}: the solver failed on held-out series in "
-                    f"epoch {len(self.history.loss)} of the training. {error} If the "
-                    "training diverges, lower learning_rate_init or raise alpha, else "
-                    "raise max_steps, rtol or atol."
+                    f"epoch {len(self.history.loss) + 1} of the training. {error} If "
+                    "the training diverges, lower learning_rate_init or raise alpha, "
+                    "else raise max_steps, rtol or atol."
                 ) from error
             fit = network.log_likelihood(means, series).sum()
             return float(fit - q.kl().sum()) / n_cells
