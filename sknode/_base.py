@@ -110,14 +110,14 @@ class BaseODEEstimator(CallbackSupportMixin, BaseEstimator):
             )
         dtype = [np.float64, np.float32]
         frame = X if hasattr(X, "iloc") and hasattr(X, "columns") else None
-        if frame is not None:
-            # NumPy takes dates for numbers of nanoseconds, if there is nothing else
-            check_numbers(frame, lambda column: column.dtype.kind not in "mM")
+        # NumPy takes dates for numbers of nanoseconds, if there is nothing else
+        if frame is not None and any(dtype.kind in "mM" for dtype in frame.dtypes):
+            check_numbers(frame)
         try:
             return validate_data(self, X, y, dtype=dtype, reset=reset, **kwargs)
         except Exception:
             if frame is not None:
-                check_numbers(frame, _can_be_numbers)
+                check_numbers(frame)
             raise
 
     def _device(self) -> torch.device:
@@ -295,7 +295,7 @@ def as_sizes(sizes, name):
     return tuple(int(s) for s in sizes)
 
 
-def check_numbers(frame, is_good):
+def check_numbers(frame):
     """Raise an error that names the columns of a frame that are not numbers."""
     names = frame.columns
     if not names.is_unique:
@@ -306,7 +306,7 @@ def check_numbers(frame, is_good):
     bad = [
         f"{name!r} ({column.dtype})"
         for name, column in frame.items()
-        if not is_good(column)
+        if column.dtype.kind in "mM" or not _can_be_numbers(column)
     ]
     if bad:
         raise ValueError(
